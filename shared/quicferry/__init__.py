@@ -1,0 +1,1 @@
+"""quicferry: live migration of running QUIC servers."""

@@ -1,0 +1,1 @@
+"""Data only: every message, subject and error code that crosses a process boundary."""

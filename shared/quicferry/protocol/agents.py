@@ -1,0 +1,49 @@
+"""What the coordinator asks of the agents and of the server wrapper.
+
+Every request is safe to repeat: an agent that has done a step already reports it again. An agent answers
+:class:`Accepted` at once; what came of it is an event in the log.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from quicferry.protocol.api import Address, Options, Place
+from quicferry.protocol.wire import Name
+
+
+class AgentRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One step of one migration; ``verb`` is the last token of the subject."""
+
+    id: Name
+    service: Name
+    epoch: int
+    source: Place
+    target: Place
+    options: Options = Options()
+    round: int = 0
+    """The pre-copy round, from 1; 0 where none is meant."""
+    attempt: int = 1
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+
+
+class ArmRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Tells a server wrapper what its next SIGTERM means.
+
+    With ``target``: move there. Without: forget an earlier arming; a move that has not yet given up
+    the socket is called off, and the clients that heard of it are told.
+    """
+
+    id: Name
+    epoch: int
+    target: Address | None = None
+    options: Options = Options()
+
+
+class ArmReply(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    clients: int
+    """Connected clients that said hello."""

@@ -1,0 +1,147 @@
+"""The public API: what anybody may send to the coordinator, and what it answers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from quicferry.protocol.errors import ErrorBody
+from quicferry.protocol.wire import Millis, Name, Port
+
+Rounds = Annotated[int, msgspec.Meta(ge=0, le=8)]
+
+
+class Address(msgspec.Struct, frozen=True, kw_only=True):
+    """Where clients reach a berth: an IP address literal and a UDP port."""
+
+    host: Annotated[str, msgspec.Meta(min_length=2, max_length=45)]
+    port: Port
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """A berth on a node, and the address clients reach it by."""
+
+    node: Name
+    berth: Name
+    address: Address
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one migration is run; every limit in milliseconds."""
+
+    ack_timeout_ms: Millis = 500
+    """How long the server waits for its clients' acks."""
+    quiesce_timeout_ms: Millis = 1_000
+    """How long applications that asked to be told may take to say it is safe to dump."""
+    phase_timeout_ms: Millis = 10_000
+    """How long any phase before the commit may take; then the migration rolls back."""
+    settle_timeout_ms: Millis = 3_000
+    """How long after the resume clients may take to arrive before the migration completes without them."""
+    pre_copy_rounds: Rounds = 0
+    """Rounds of pre-dump while the server serves; needs a kernel that tracks dirty pages."""
+
+
+class MigrateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Asks for one migration. The same ``id`` twice is one migration."""
+
+    service: Name
+    to: Annotated[str, msgspec.Meta(pattern=r"^([A-Za-z0-9_-]{1,64}/)?[A-Za-z0-9_-]{1,64}$")] | None = None
+    """``berth`` or ``node/berth``; an empty berth of the service is chosen when not given."""
+    id: Name | None = None
+    options: Options = Options()
+
+
+class MigrateReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The migration is in the log; ``quicferry.log.<id>.>`` tells the rest."""
+
+    id: str
+    service: str
+    source: Place
+    target: Place
+    epoch: int
+
+
+class CancelRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks to roll a migration back; refused with ``too_late`` once it is committed."""
+
+    id: Name
+
+
+class CancelReply(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    phase: str
+
+
+class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One migration by ``id``, or the newest ``limit`` ones, of one ``service`` if given."""
+
+    id: Name | None = None
+    service: Name | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = 10
+
+
+class MigrationStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    id: str
+    service: str
+    source: Place
+    target: Place
+    epoch: int
+    phase: str
+    outcome: str | None = None
+    """``completed``, ``rolled_back`` or ``failed`` once it has ended."""
+    requested_ms: int
+    """Unix time, in milliseconds."""
+    acks: int = 0
+    clients: int = 0
+    reason: ErrorBody | None = None
+
+
+class StatusReply(msgspec.Struct, frozen=True, kw_only=True):
+    migrations: list[MigrationStatus]
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a service is now; ``epoch`` counts its committed moves."""
+
+    service: str
+    place: Place
+    epoch: int = 0
+    migration: str | None = None
+    """The migration that put it there."""
+
+
+class Berth(msgspec.Struct, frozen=True, kw_only=True):
+    """A container that a server can live in, as its node's checkpoint agent last saw it."""
+
+    node: str
+    berth: str
+    service: str
+    """The service whose port and address this berth is made for."""
+    address: Address
+    port: Port
+    """The UDP port inside the berth."""
+    occupied: bool
+    container: str
+    image: str
+    seen_ms: int
+    """Unix time, in milliseconds."""
+
+    @property
+    def place(self) -> Place:
+        return Place(node=self.node, berth=self.berth, address=self.address)
+
+
+class ServicesRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Takes no fields."""
+
+
+class ServicesReply(msgspec.Struct, frozen=True, kw_only=True):
+    services: list[Placement]
+    berths: list[Berth]
+
+
+class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
+    """Any endpoint's answer to a request it refuses; the code is in the NATS micro headers too."""
+
+    error: ErrorBody

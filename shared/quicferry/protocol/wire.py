@@ -1,0 +1,52 @@
+"""JSON on the wire, msgspec structs in code: one place that encodes and decodes."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from quicferry.protocol.errors import FerryError
+
+SCHEMA_VERSION: Final = 1
+MAX_MESSAGE_BYTES: Final = 256 * 1024
+"""NATS messages larger than this are refused unread."""
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+"""A service, node, berth, client or migration id: one NATS subject token."""
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Millis = Annotated[int, msgspec.Meta(ge=0, le=3_600_000)]
+"""A duration on the wire, in milliseconds."""
+
+_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+
+
+@functools.cache
+def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """JSON, UTF-8, no newline."""
+    return msgspec.json.encode(message)
+
+
+def decode(data: bytes, kind: Any) -> Any:
+    """Decode ``data`` as ``kind`` (a struct or a tagged union); unknown fields are ignored.
+
+    Raises FerryError ``bad_request`` with the path of the offending field.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise FerryError(
+            "bad_request", f"The message has {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}."
+        )
+    try:
+        return _decoder(kind).decode(data)
+    except msgspec.ValidationError as error:
+        match = _PATH.match(str(error))
+        what, path = (match["what"], match["path"]) if match else (str(error), "")
+        raise FerryError("bad_request", f"{what}.", path=path or "$") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FerryError("bad_request", f"Not valid JSON: {error}.") from None
