@@ -94,6 +94,10 @@ class Armed(Event, tag="coordinator.armed", frozen=True, kw_only=True):
     clients: int
 
 
+class Disarmed(Event, tag="coordinator.disarmed", frozen=True, kw_only=True):
+    """The server wrapper called the move off before it gave up its socket."""
+
+
 # What the checkpoint agent saw.
 
 
@@ -227,6 +231,7 @@ Seen = (
     | TimedOut
     | CallFailed
     | Armed
+    | Disarmed
     | SourceReady
     | PreDumped
     | SourceHeld
@@ -251,9 +256,7 @@ AnyEvent = Decision | Seen
 
 def kind(event: Event) -> str:
     """``<source>.<event>``."""
-    tag = event.__struct_config__.tag
-    assert isinstance(tag, str)
-    return tag
+    return str(event.__struct_config__.tag)
 
 
 def subject(event: Event) -> str:

@@ -6,7 +6,8 @@ connection, one JSON line each way:
 - ``park``: the wrapper sends the line with its UDP socket attached (SCM_RIGHTS), closes its own UDP
   socket and then the connection, and stands still until SIGUSR2. End of file tells the agent that
   the process holds no socket: from here it cannot send.
-- ``adopt``: the wrapper asks, the agent answers ``adopted`` with the parked UDP socket attached, queue and all.
+- ``adopt``: the wrapper asks, the agent answers ``adopted`` with the parked UDP socket attached,
+  queue and all.
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ def decode(data: bytes, kind: Any) -> Any:
     Raises FerryError ``bad_request`` with the path of the offending field.
     """
     if len(data) > MAX_MESSAGE_BYTES:
-        raise FerryError(
-            "bad_request", f"The message has {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}."
-        )
+        raise FerryError("bad_request", f"The message has {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}.")
     try:
         return _decoder(kind).decode(data)
     except msgspec.ValidationError as error:
