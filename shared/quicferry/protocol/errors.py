@@ -32,6 +32,8 @@ CODES: Final[dict[str, str]] = {
     "podman_unreachable": "The podman service does not answer.",
     "nats_unreachable": "NATS does not answer.",
     "nats_denied": "NATS refused the operation.",
+    "no_answer": "Nobody answered a request.",
+    "bad_settings": "A setting can't be used as it is.",
     "log_conflict": "Another coordinator wrote this decision first.",
     "replay_differs": "The log holds decisions that the state machine would not take.",
     "internal": "A defect of quicferry.",
