@@ -1,0 +1,170 @@
+"""The event log: a JetStream file stream that decides what happens, and remembers what did."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Final, NamedTuple
+
+import nats.js.errors
+import structlog
+from nats.js import api
+
+from quicferry.bus import consumer
+from quicferry.bus.connection import Bus
+from quicferry.bus.streams import ensure_stream
+from quicferry.protocol import events as ev
+from quicferry.protocol import subjects, wire
+from quicferry.protocol.errors import FerryError
+from quicferry.protocol.events import AnyEvent, Decision
+
+log = structlog.get_logger()
+
+MAX_AGE: Final = 30 * 86_400.0
+"""Seconds an entry is kept."""
+MAX_BYTES: Final = 256 * 1024 * 1024
+DUPLICATE_WINDOW: Final = 120.0
+"""Seconds within which a repeated publish is recognised by its message id."""
+ATTEMPTS: Final = 5
+PUBLISH_SECONDS: Final = 2.0
+FIRST_WAIT: Final = 0.05
+_WRONG_LAST_SEQUENCE: Final = (10071, 10164)
+
+
+class Entry(NamedTuple):
+    """``seq`` is the entry's number in the whole log: what is later has a larger one."""
+
+    seq: int
+    event: AnyEvent
+
+
+class EventLog:
+    """Made by :meth:`open`."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    @classmethod
+    async def open(cls, bus: Bus) -> EventLog:
+        """Find the stream or make it; waits while JetStream comes up behind the connection.
+
+        Raises FerryError ``nats_unreachable`` or ``nats_denied``.
+        """
+        await ensure_stream(
+            bus,
+            api.StreamConfig(
+                name=subjects.LOG_STREAM,
+                description="quicferry: what was decided and seen in every migration",
+                subjects=[subjects.LOG_ALL],
+                storage=api.StorageType.FILE,
+                retention=api.RetentionPolicy.LIMITS,
+                discard=api.DiscardPolicy.OLD,
+                max_age=MAX_AGE,
+                max_bytes=MAX_BYTES,
+                max_msg_size=wire.MAX_MESSAGE_BYTES,
+                duplicate_window=DUPLICATE_WINDOW,
+                allow_direct=True,
+            ),
+        )
+        return cls(bus)
+
+    async def append(self, event: AnyEvent) -> int:
+        """Write what was seen; returns its sequence number. The same event twice is one entry.
+
+        Retries a few times, about 10 s in all. Raises the FerryErrors of ``Bus.within``.
+        """
+        return (await self._publish(event, {})).seq
+
+    async def decide(self, event: Decision, *, after: int) -> int:
+        """Write a decision, if the newest one of its migration is still entry ``after`` (0: there is none).
+
+        Raises FerryError ``log_conflict`` when another coordinator was first, else as :meth:`append`.
+        """
+        ack = await self._publish(event, {api.Header.EXPECTED_LAST_SUBJECT_SEQUENCE: str(after)})
+        if ack.duplicate and await self._entry(ack.seq) != event:
+            raise _conflict(event)
+        return ack.seq
+
+    async def read(self, migration: str) -> list[Entry]:
+        """The whole history of one migration, in order; empty if there is none."""
+        return [entry async for entry in self.replay(migration=migration)]
+
+    async def replay(self, *, migration: str | None = None) -> AsyncIterator[Entry]:
+        """What is in the log now, in order, of one migration or of all; then it ends."""
+        async for message in consumer.replay(self._bus, subjects.LOG_STREAM, _filter(migration)):
+            if entry := _entry_of(message):
+                yield entry
+
+    async def follow(self, *, migration: str | None = None, from_seq: int = 1) -> AsyncGenerator[Entry, None]:
+        """Every entry from ``from_seq`` on, then what comes, for ever; outlives restarts of the server.
+
+        Entries that are not of their form are logged and passed over. Close it (``contextlib.aclosing``) when done.
+        """
+        async for message in consumer.follow(self._bus, subjects.LOG_STREAM, _filter(migration), from_seq=from_seq):
+            if entry := _entry_of(message):
+                yield entry
+
+    async def last_seq(self) -> int:
+        """The newest entry's number; 0 in an empty log."""
+        subject = f"{self._bus.settings.jetstream_prefix}.STREAM.INFO.{subjects.LOG_STREAM}"
+        async with self._bus.within(PUBLISH_SECONDS, subject, "looking at the log"):
+            return int((await self._bus.js.stream_info(subjects.LOG_STREAM)).state.last_seq)
+
+    async def _publish(self, event: AnyEvent, headers: dict[str, str]) -> api.PubAck:
+        headers = {api.Header.MSG_ID: ev.message_id(event), **headers}
+        subject, body = ev.subject(event), wire.encode(event)
+        wait = FIRST_WAIT
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async with self._bus.within(PUBLISH_SECONDS, subject, f"writing {ev.kind(event)} to the log"):
+                    await self._bus.ready()
+                    return await self._bus.js.publish(
+                        subject,
+                        body,
+                        timeout=PUBLISH_SECONDS + 1,
+                        stream=subjects.LOG_STREAM,
+                        headers=dict(headers),
+                    )
+            except nats.js.errors.APIError as error:
+                if error.err_code in _WRONG_LAST_SEQUENCE:
+                    raise _conflict(event) from None
+                raise FerryError("nats_unreachable", f"The log refused an entry: {error.description}.") from error
+            except FerryError as error:
+                if error.code not in ("no_answer", "nats_unreachable") or attempt == ATTEMPTS:
+                    raise
+                log.warning("log_retry", id=event.id, kind=ev.kind(event), attempt=attempt, error=error.message)
+            await asyncio.sleep(wait)  # outside the try: it is the server that needs the pause
+            wait *= 3
+        raise AssertionError("unreachable")
+
+    async def _entry(self, seq: int) -> AnyEvent | None:
+        subject = f"{self._bus.settings.jetstream_prefix}.DIRECT.GET.{subjects.LOG_STREAM}"
+        async with self._bus.within(PUBLISH_SECONDS, subject, "reading the log"):
+            found = await self._bus.js.get_msg(subjects.LOG_STREAM, seq=seq, direct=True)
+        entry = _decode(found.subject or "", found.data or b"", seq)
+        return entry.event if entry else None
+
+
+def _filter(migration: str | None) -> str:
+    return subjects.LOG_ALL if migration is None else subjects.log_of(migration)
+
+
+def _entry_of(message: consumer.Message) -> Entry | None:
+    return _decode(message.subject, message.data, message.seq)
+
+
+def _decode(subject: str, data: bytes, seq: int) -> Entry | None:
+    try:
+        event: AnyEvent = wire.decode(data, AnyEvent)
+    except FerryError as error:
+        log.warning("log_entry_unreadable", seq=seq, subject=subject, error=error.message, path=error.path)
+        return None
+    if ev.subject(event) != subject:
+        # Permissions are granted by subject: an entry that claims another one is not believed.
+        log.warning("log_entry_misplaced", id=event.id, seq=seq, subject=subject, kind=ev.kind(event))
+        return None
+    return Entry(seq, event)
+
+
+def _conflict(event: AnyEvent) -> FerryError:
+    return FerryError("log_conflict", f"The log of {event.id} already has another decision.")

