@@ -1,0 +1,139 @@
+"""The images of one migration: a root-only directory on tmpfs, gone after the move.
+
+The images hold the process's memory, TLS keys included. Each side's CRIU writes its log and statistics into a
+work directory of its own, so that neither side loses them when the other removes its part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from quicferry.protocol.errors import FerryError
+from quicferry.protocol.wire import Name
+
+DEFAULT_ROOT: Final = Path("/var/lib/quicferry/images")
+HEADROOM: Final = 1.25
+"""Images are a little larger than the resident memory: page maps, descriptors, mappings."""
+MARGIN_BYTES: Final = 16 * 1024 * 1024
+
+Side = Literal["source", "target"]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What the restoring side needs beside the images themselves; ``manifest.json`` in their directory."""
+
+    pipes: dict[str, str] = {}
+    """Descriptor number to ``pipe:[inode]``: the standard streams that lead out of the berth."""
+    boot_id: str = ""
+    """The boot that the clocks in the images belong to."""
+
+
+class Images:
+    """The directory of one migration below ``root``, and one side's work directory beside it."""
+
+    def __init__(self, root: Path, migration: Name, side: Side) -> None:
+        self.root = root
+        self.migration = migration
+        self.path = root / migration
+        self.work = root / f"{migration}.{side}"
+
+    def create(self, room_for_bytes: int = 0) -> None:
+        """Make both directories, mode 0700. Raises FerryError ``machine_unfit`` if they can't be or lack room."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for folder in (self.path, self.work):
+                folder.mkdir(exist_ok=True, mode=0o700)
+                folder.chmod(0o700)
+            free = shutil.disk_usage(self.root).free
+        except OSError as error:
+            raise FerryError(
+                "machine_unfit",
+                f"Images can't be kept at {self.root}: {error.strerror}.",
+                hint="Mount a tmpfs there, shared by both agents.",
+            ) from None
+        needed = int(room_for_bytes * HEADROOM) + MARGIN_BYTES if room_for_bytes else 0
+        if free < needed:
+            raise FerryError(
+                "machine_unfit",
+                f"The images need about {needed >> 20} MiB; {self.root} has {free >> 20} MiB free.",
+                hint="Give that tmpfs more room (its size= option).",
+            )
+
+    def open(self, which: Literal["images", "work"]) -> int:
+        """A descriptor of the directory, inheritable by CRIU once passed on; the caller closes it."""
+        folder = self.path if which == "images" else self.work
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def size_bytes(self) -> int:
+        """What the images take."""
+        return sum(entry.stat().st_size for entry in os.scandir(self.path) if entry.is_file())
+
+    def pages(self) -> int:
+        """Memory pages in the images themselves; pages of a parent image do not count."""
+        page = os.sysconf("SC_PAGE_SIZE")
+        return sum(file.stat().st_size for file in self.path.glob("pages-*.img")) // page
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        (self.path / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+
+    def manifest(self) -> Manifest:
+        """Raises FerryError ``internal`` if the dump left none."""
+        try:
+            return msgspec.json.decode((self.path / "manifest.json").read_bytes(), type=Manifest)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise FerryError(
+                "internal",
+                f"The images of {self.migration} have no readable manifest: {error}.",
+                hint=f"Both agents must share {self.root}.",
+            ) from None
+
+    def drop_time_namespace(self) -> None:
+        """Delete the time namespace's image, so that the restored clock is the berth's own.
+
+        CRIU would restore into a new time namespace whose CLOCK_MONOTONIC hides the pause, and take about
+        14 ms for it. Right on one boot only: on another, the monotonic clock would jump.
+        """
+        for file in self.path.glob("timens-*.img"):
+            file.unlink(missing_ok=True)
+
+    def mark(self, name: str) -> None:
+        """Leave a note to ourselves that survives the agent: a restore was begun."""
+        (self.work / name).touch(mode=0o600)
+
+    def marked(self, name: str) -> bool:
+        return (self.work / name).exists()
+
+    def remove(self) -> None:
+        """Delete this side's work directory and the images. Safe to repeat."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.path)
+        self.remove_work()
+
+    def remove_work(self) -> None:
+        """Delete this side's work directory only. Safe to repeat."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.work)
+
+
+def boot_id() -> str:
+    """The kernel's identity for this boot (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def on_tmpfs(folder: Path) -> bool:
+    """Whether ``folder`` is on a tmpfs: images elsewhere would put keys on a disk."""
+    best, kind = "", ""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            left, _, right = line.partition(" - ")
+            point = left.split()[4]
+            inside = str(folder) == point or str(folder).startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= len(best):
+                best, kind = point, right.split()[0]
+    return kind in ("tmpfs", "ramfs")

@@ -1,0 +1,121 @@
+"""Podman, through podman-py: which berths this node has. The client is synchronous, so it runs in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import structlog
+from podman import PodmanClient
+from podman.errors import NotFound, PodmanError
+
+from quicferry.host.berths import LABEL_BERTH, BerthFacts, facts
+from quicferry.protocol.errors import FerryError
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+DEFAULT_URL: Final = "unix:///run/podman/podman.sock"
+TIMEOUT: Final = 5.0
+
+
+class Podman:
+    """One podman service, by its socket's URL; ``CONTAINER_HOST`` or the root socket when not given."""
+
+    def __init__(self, url: str | None = None, *, timeout: float = TIMEOUT) -> None:
+        self.url = url or os.environ.get("CONTAINER_HOST") or DEFAULT_URL
+        self._timeout = timeout
+        self._client = PodmanClient(base_url=self.url, timeout=timeout)
+        self._malformed: set[str] = set()
+        self._one = asyncio.Lock()
+
+    def close(self) -> None:
+        self._client.close()  # type: ignore[no-untyped-call]
+
+    async def berths(self) -> list[BerthFacts]:
+        """The running berths, by name; one request, so without their cgroups.
+
+        Containers whose labels are malformed are left out with one warning each.
+        Raises FerryError ``podman_unreachable``.
+        """
+        rows = await self._call(
+            lambda: [
+                container.attrs
+                for container in self._client.containers.list(
+                    filters={"label": LABEL_BERTH, "status": "running"}, sparse=True
+                )
+            ]
+        )
+        found: list[BerthFacts] = []
+        for row in rows:
+            try:
+                found.append(
+                    facts(
+                        row.get("Labels") or {},
+                        container=row["Id"],
+                        image=row.get("ImageID", ""),
+                        init_pid=row["Pid"],
+                    )
+                )
+            except FerryError as error:
+                if row["Id"] not in self._malformed:
+                    log.warning("berth_malformed", container=row["Id"][:12], error=error.message, hint=error.hint)
+                self._malformed.add(row["Id"])
+        return sorted(found, key=lambda berth: berth.name)
+
+    async def berth(self, name: str) -> BerthFacts:
+        """Everything about the running berth ``name``.
+
+        Raises FerryError ``berth_gone`` if there is none, ``podman_unreachable``.
+        """
+        for berth in await self.berths():
+            if berth.name == name:
+                return await self.inspect(berth.container)
+        raise FerryError(
+            "berth_gone",
+            f"No running container on this node has the label {LABEL_BERTH}={name}.",
+            hint=f"Start it: podman ps -a --filter label={LABEL_BERTH}={name} shows whether it exists.",
+        )
+
+    async def inspect(self, container: str) -> BerthFacts:
+        """Everything about the berth in ``container``, which must be running."""
+        try:
+            attrs: dict[str, Any] = await self._call(lambda: self._client.containers.get(container).attrs)
+        except NotFound:
+            raise FerryError("berth_gone", f"Container {container[:12]} is gone.") from None
+        state = attrs.get("State") or {}
+        if not state.get("Running") or not state.get("Pid"):
+            raise FerryError(
+                "berth_gone",
+                f"Container {attrs.get('Name', container[:12])} is {state.get('Status', 'not running')}.",
+                hint=f"Start it with: podman start {attrs.get('Name', container[:12])}",
+            )
+        return facts(
+            (attrs.get("Config") or {}).get("Labels") or {},
+            container=attrs["Id"],
+            image=attrs.get("Image", ""),
+            init_pid=state["Pid"],
+            cgroup_path=state.get("CgroupPath") or "",
+        )
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        try:
+            # The requests inside have the same limit, so the thread ends by itself.
+            async with self._one, asyncio.timeout(self._timeout * 2):
+                return await asyncio.to_thread(function)
+        except NotFound:
+            raise
+        except (PodmanError, OSError) as error:  # requests' errors are OSErrors, TimeoutError too
+            raise FerryError(
+                "podman_unreachable",
+                f"The podman service at {self.url} does not answer: {_short(error)}.",
+                hint="Start it with: systemctl start podman.socket, or podman system service --time=0 "
+                f"{self.url} & ; an agent in a container needs that socket mounted.",
+            ) from None
+
+
+def _short(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,236 @@
+"""The processes of a berth, read from /proc and held by pidfd so that a reused PID is never signalled."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from typing import Final
+
+from quicferry.protocol.errors import FerryError
+
+SERVER_PID: Final = 5000
+"""The PID a server has inside its berth: high, so that it is free in any other berth."""
+STREAMS: Final = (0, 1, 2)
+
+
+class Process:
+    """A running process: its PID as we see it, its PID inside its berth, and a pidfd (pidfd_open(2)).
+
+    Close it when done; a context manager does.
+    """
+
+    def __init__(self, pid: int) -> None:
+        """Raises ProcessLookupError if there is no such process."""
+        self.pid = pid
+        self._fd = os.pidfd_open(pid)
+        try:
+            self.berth_pid = namespace_pid(pid)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the process; it is not touched. Safe to repeat."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def signal(self, number: int) -> bool:
+        """Send a signal; False if the process has exited."""
+        try:
+            signal.pidfd_send_signal(self._fd, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is there and no zombie."""
+        return self.signal(0) and _state(self.pid) not in ("Z", "X", "")
+
+    async def exited(self, timeout: float) -> bool:
+        """Wait until the process has exited, ``timeout`` seconds at most; whether it has."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        # A reader of its own for each waiter: asyncio keeps one callback for each descriptor.
+        fd = os.dup(self._fd)
+        try:
+            loop.add_reader(fd, _set, done)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await done
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
+        return done.done() and not done.cancelled()
+
+    async def kill(self, timeout: float = 2.0) -> bool:
+        """SIGKILL and wait; whether it is gone. SIGKILL works on a traced, stopped task too (ptrace(2))."""
+        self.signal(signal.SIGKILL)
+        return await self.exited(timeout)
+
+
+def occupant(init_pid: int) -> Process | None:
+    """The server in the berth whose PID 1 is ``init_pid``, or None if the berth is empty.
+
+    Raises FerryError ``berth_gone`` if the berth's init has exited.
+    """
+    if not os.path.exists(f"/proc/{init_pid}"):
+        raise FerryError(
+            "berth_gone", f"The berth's init (PID {init_pid}) has exited.", hint="Start the berth again."
+        )
+    found: Process | None = None
+    for child in children(init_pid):
+        try:
+            process = Process(child)
+        except ProcessLookupError:
+            continue
+        # Looked at again with the pidfd in hand: from here the PID can't be another process's.
+        if not process.alive or _parent(child) != init_pid:
+            process.close()
+        elif found is None or process.berth_pid == SERVER_PID:
+            if found is not None:
+                found.close()
+            found = process
+        else:
+            process.close()
+    return found
+
+
+def berth_pid_taken(init_pid: int, number: int) -> bool:
+    """Whether any process or thread in the berth has PID ``number`` inside it."""
+    space = pid_namespace(init_pid)
+    for pid in _all():
+        if pid_namespace(pid) != space:
+            continue
+        for task in _tasks(pid):
+            with contextlib.suppress(ProcessLookupError):
+                if _namespace_pids(f"/proc/{pid}/task/{task}/status")[-1] == number:
+                    return True
+    return False
+
+
+def check_host_pids(init_pid: int, container: str) -> None:
+    """Check that ``init_pid``, as podman gives it, is PID 1 of ``container`` here too.
+
+    Raises FerryError ``host_pid_namespace`` if this process lives in a PID namespace of its own.
+    """
+    try:
+        pids = _namespace_pids(f"/proc/{init_pid}/status")
+    except ProcessLookupError:
+        pids = []
+    if len(pids) < 2 or pids[0] != init_pid or pids[-1] != 1:
+        raise FerryError(
+            "host_pid_namespace",
+            f"PID {init_pid}, podman's PID for container {container[:12]}, is not that container here.",
+            hint="Run the agent with the host's PID namespace: pid: host in compose, --pid=host with podman.",
+        )
+
+
+def children(pid: int) -> list[int]:
+    """The child processes of ``pid``, of all its threads (proc_pid_task_children(5))."""
+    found: list[int] = []
+    try:
+        for task in _tasks(pid):
+            with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
+                found += [int(word) for word in file.read().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        # A kernel without CONFIG_PROC_CHILDREN, or the process is gone: then nobody has it as parent.
+        found = [other for other in _all() if _parent(other) == pid]
+    return sorted(set(found))
+
+
+def namespace_pid(pid: int) -> int:
+    """``pid``'s PID in its own, innermost PID namespace. Raises ProcessLookupError."""
+    return _namespace_pids(f"/proc/{pid}/status")[-1]
+
+
+def pid_namespace(pid: int) -> int:
+    """An identity for the PID namespace of ``pid``; 0 if the process is gone."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/pid").st_ino
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def rss_bytes(pid: int) -> int:
+    """Resident memory. Raises ProcessLookupError."""
+    return int(_field(f"/proc/{pid}/status", "VmRSS", "0 kB").split()[0]) * 1024
+
+
+def outer_pipes(pid: int) -> dict[str, str]:
+    """Standard streams that are pipes: descriptor number to ``pipe:[inode]``, as CRIU names them."""
+    found: dict[str, str] = {}
+    for number in STREAMS:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            link = os.readlink(f"/proc/{pid}/fd/{number}")
+            if link.startswith("pipe:["):
+                found[str(number)] = link
+    return found
+
+
+def is_held(pid: int) -> bool:
+    """Whether the server stands still: it blocks SIGUSR2 from before it parks until it has adopted."""
+    try:
+        blocked = int(_field(f"/proc/{pid}/status", "SigBlk", "0"), 16)
+    except ProcessLookupError:
+        return False
+    return bool(blocked & (1 << (signal.SIGUSR2 - 1)))
+
+
+def _set(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
+
+
+def _namespace_pids(status: str) -> list[int]:
+    pids = [int(word) for word in _field(status, "NSpid", "").split()]
+    if not pids:
+        raise ProcessLookupError(f"no PIDs in {status}")
+    return pids
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(_field(f"/proc/{pid}/status", "PPid", "-1"))
+    except ProcessLookupError:
+        return -1
+
+
+def _state(pid: int) -> str:
+    try:
+        return _field(f"/proc/{pid}/status", "State", "")[:1]
+    except ProcessLookupError:
+        return ""
+
+
+def _field(path: str, name: str, default: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key == name:
+                    return value.strip()
+    except FileNotFoundError:
+        raise ProcessLookupError(f"no process behind {path}") from None
+    return default
+
+
+def _tasks(pid: int) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except FileNotFoundError:
+        raise ProcessLookupError(f"no process {pid}") from None
+
+
+def _all() -> Iterator[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())

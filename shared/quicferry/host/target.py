@@ -1,0 +1,242 @@
+"""The restoring side of one migration: keep the port, restore, then let run or clear away. No NATS in here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from quicferry.host import criu_stats, processes
+from quicferry.host.berths import BerthFacts
+from quicferry.host.criu import CriuSession
+from quicferry.host.images import Images, boot_id
+from quicferry.host.parking import Dock, bind_parked
+from quicferry.host.podman import Podman
+from quicferry.host.processes import Process
+from quicferry.host.source import ADOPT_TIMEOUT, ms, now_ms
+from quicferry.protocol import events, handover
+from quicferry.protocol.agents import AgentRequest
+from quicferry.protocol.errors import FerryError
+
+log = structlog.get_logger(__name__)
+
+OUTPUTS: Final = (1, 2)
+"""The berth's own standard streams that a restored server's pipes are connected to."""
+RESTORE_BEGUN: Final = "restore-begun"
+MAX_LEFT: Final = 16
+"""Processes cleared out of a berth after an aborted restore, at most."""
+
+
+class Target:
+    """Owns everything one migration has open at its target. Steps are called one at a time, in order.
+
+    :meth:`resume` and :meth:`abort` also work on a fresh object, after the agent was restarted.
+    """
+
+    def __init__(self, podman: Podman, images_root: Path, request: AgentRequest) -> None:
+        self._podman = podman
+        self._request = request
+        self._images = Images(images_root, request.id, "target")
+        self._berth: BerthFacts | None = None
+        self._server: Process | None = None
+        self._criu: CriuSession | None = None
+        self._dock: Dock | None = None
+        self._log = log.bind(migration=request.id, berth=request.target.berth)
+
+    async def prepare(self) -> events.TargetReady:
+        """Bind the parked socket in the empty berth and start CRIU there.
+
+        Raises FerryError ``berth_gone``, ``berth_busy``, ``port_taken``, ``host_pid_namespace``,
+        ``machine_unfit``, ``criu_missing``, ``podman_unreachable``.
+        """
+        berth, server = await self._find()
+        if server is not None:
+            server.close()
+            raise FerryError("berth_busy", f"Berth {berth.name} holds a server.", hint="Choose an empty one.")
+        if processes.berth_pid_taken(berth.init_pid, processes.SERVER_PID):
+            raise FerryError(
+                "berth_busy",
+                f"PID {processes.SERVER_PID} is taken inside berth {berth.name}.",
+                hint="Nothing but a server may run there; restart the berth.",
+            )
+        self._images.create()
+        self._dock = self._open_dock(berth)
+        outputs = [os.open(f"/proc/{berth.init_pid}/fd/{number}", os.O_WRONLY | os.O_CLOEXEC) for number in OUTPUTS]
+        try:
+            self._criu = await CriuSession.start(
+                berth.init_pid, self._images, cgroup_path=berth.cgroup_path, streams=outputs
+            )
+        finally:
+            for fd in outputs:
+                os.close(fd)
+        self._log.info("target_ready", port=berth.port, criu=".".join(map(str, self._criu.version)))
+        return events.TargetReady(id=self._request.id, at_ms=now_ms(), image=berth.image)
+
+    async def restore(self) -> events.Restored:
+        """Rebuild the process; it does not run yet. Raises FerryError ``criu_failed``, ``phase_timeout``."""
+        if self._criu is None or self._dock is None:
+            raise FerryError(
+                "internal",
+                "This step came before prepare, or the agent was restarted since.",
+                hint="The migration rolls back; ask for it again.",
+            )
+        start = time.monotonic()
+        manifest = self._images.manifest()
+        if manifest.boot_id == boot_id():
+            self._images.drop_time_namespace()
+        inherited = {
+            link: self._criu.stream(OUTPUTS.index(int(number)))
+            for number, link in manifest.pipes.items()
+            if int(number) in OUTPUTS
+        }
+        self._images.mark(RESTORE_BEGUN)
+        asked = time.monotonic()
+        self._server = await self._criu.restore(inherited, timeout=self._phase)
+        done = time.monotonic()
+        self._dock.expect(self._server.pid)
+        self._log.info("target_restored", pid=self._server.pid, took_ms=ms(done - start))
+        return events.Restored(
+            id=self._request.id, at_ms=now_ms(), restore_ms=ms(done - asked), took_ms=ms(done - start)
+        )
+
+    async def resume(self) -> events.Resumed:
+        """After the commit: let it run and give it the parked socket. Safe to repeat.
+
+        On a fresh object it does what is still missing, a restore from the kept images included.
+        Raises FerryError ``criu_failed``, ``hold_refused`` if the target does not take the socket.
+        """
+        start = time.monotonic()
+        if self._server is None or self._dock is None:
+            await self._catch_up()
+        server, dock = self._server, self._dock
+        if server is None or dock is None:  # it serves already
+            await self._leave()
+            return events.Resumed(id=self._request.id, at_ms=now_ms(), took_ms=0.0, queued=0)
+        place = self._request.target
+        dock.offer(
+            handover.Adopted(
+                id=self._request.id,
+                outcome="moved",
+                node=place.node,
+                berth=place.berth,
+                address=place.address,
+                epoch=self._request.epoch,
+            )
+        )
+        if self._criu is not None and self._criu.withheld == "pre-resume":
+            await self._criu.finish(True, until="post-resume", timeout=self._phase)
+        queued = dock.queued_bytes
+        if not server.signal(signal.SIGUSR2):
+            raise FerryError("server_gone", "The restored server exited at once.", hint="The berth's log says why.")
+        try:
+            async with asyncio.timeout(ADOPT_TIMEOUT):
+                await dock.wait_adopted()
+        except TimeoutError:
+            raise FerryError(
+                "hold_refused", f"The restored server did not take its socket within {ADOPT_TIMEOUT:g} s."
+            ) from None
+        took = time.monotonic() - start
+        at_ms = now_ms()
+        await self._leave()
+        self._log.info("target_resumed", took_ms=ms(took), queued_bytes=queued)
+        return events.Resumed(id=self._request.id, at_ms=at_ms, took_ms=ms(took), queued=queued)
+
+    async def abort(self) -> events.TargetCleared:
+        """Before the commit: leave nothing of this migration in the berth. Safe to repeat, at any stage.
+
+        Raises FerryError ``berth_busy`` if what was restored can't be killed.
+        """
+        begun = self._images.marked(RESTORE_BEGUN)
+        if self._criu is not None:
+            await self._criu.kill_restored()
+            self._criu = None
+        if begun:
+            # Only then is what is found there ours: prepare saw the berth empty.
+            await self._clear_berth()
+        await self.close()
+        self._images.remove()
+        self._log.info("target_cleared")
+        return events.TargetCleared(id=self._request.id, at_ms=now_ms())
+
+    async def close(self) -> None:
+        """Let go of everything. A restored server that has not run yet runs then, but mute. Safe to repeat."""
+        if self._criu is not None:
+            await self._criu.close()
+            self._criu = None
+        if self._dock is not None:
+            await self._dock.close()
+            self._dock = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    @property
+    def _phase(self) -> float:
+        return self._request.options.phase_timeout_ms / 1e3
+
+    async def _find(self) -> tuple[BerthFacts, Process | None]:
+        berth = await self._podman.berth(self._request.target.berth)
+        processes.check_host_pids(berth.init_pid, berth.container)
+        self._berth = berth
+        return berth, processes.occupant(berth.init_pid)
+
+    def _open_dock(self, berth: BerthFacts) -> Dock:
+        udp = bind_parked(berth.init_pid, berth.port)
+        try:
+            return Dock.open(berth.init_pid, berth.port, udp=udp)
+        except BaseException:
+            udp.close()
+            raise
+
+    async def _catch_up(self) -> None:
+        """Bring a fresh object to where resume begins; without server and dock if the target serves already."""
+        berth, server = await self._find()
+        if server is None:
+            await self.prepare()
+            await self.restore()
+        elif processes.is_held(server.pid):
+            # CRIU let it go when the agent died; the socket and its queue died too, so a new one it is.
+            self._server = server
+            self._dock = self._open_dock(berth)
+            self._dock.expect(server.pid)
+        else:
+            server.close()
+
+    async def _leave(self) -> None:
+        """The target serves: end CRIU, note its figures, delete the images."""
+        if self._criu is not None:
+            if self._criu.withheld:
+                await self._criu.finish(True, timeout=self._phase)
+            stats = criu_stats.read_restore(self._criu.work_fd)
+            if stats is not None:
+                self._log.info("target_rebuilt", restore_ms=ms(stats.restore), pages=stats.pages_restored)
+        await self.close()
+        self._images.remove()
+
+    async def _clear_berth(self) -> None:
+        if self._berth is None:
+            try:
+                self._berth = await self._podman.berth(self._request.target.berth)
+            except FerryError as error:
+                if error.code == "berth_gone":
+                    return
+                raise
+        for _ in range(MAX_LEFT):
+            try:
+                left = processes.occupant(self._berth.init_pid)
+            except FerryError:
+                return  # the berth itself is gone
+            if left is None:
+                return
+            with left:
+                await left.kill()
+        raise FerryError(
+            "berth_busy",
+            f"Berth {self._request.target.berth} still holds what was restored.",
+            hint="Restart the berth.",
+        )
