@@ -88,6 +88,12 @@ def built_inputs(image: str = IMAGE) -> str | None:
     return result.out.strip() if result.ok else None
 
 
+def image_id(image: str = IMAGE) -> str | None:
+    """The id of the image that is here; None if none is."""
+    result = attempt(["podman", "image", "inspect", "--format", "{{.Id}}", image], timeout=30)
+    return result.out.strip() if result.ok else None
+
+
 def is_current(project: Path) -> bool:
     """Whether the image here is what this folder would build."""
     return built_inputs() == inputs_hash(project, base_image())
