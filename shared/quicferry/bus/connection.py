@@ -174,6 +174,8 @@ class Bus:
         if self._up and not self.nats.is_closed:
             self._settled.clear()
             self._log.warning("nats_disconnected")
+            for watch in [w for ws in self._watches.values() for w in ws]:
+                watch.end(lost=True)  # its answer will not come any more
 
     async def _on_reconnected(self) -> None:
         self._log.info("nats_reconnected")
@@ -201,7 +203,7 @@ class Bus:
         if not watches:
             self._log.error("nats_denied", verb=verb, subject=subject)
         for watch in tuple(watches):
-            watch.deny(f"{verb} on {subject!r}")
+            watch.end(denied=f"{verb} on {subject!r}")
 
     # What the rest of the package and its users do.
 
@@ -229,13 +231,13 @@ class Bus:
         try:
             async with asyncio.timeout(seconds) as watch.scope:
                 yield
+            if watch.denied:  # it came with the answer
+                raise _denied(watch.denied, what)
         except TimeoutError as error:  # nats-py's own is a subclass
             if watch.denied:
-                raise FerryError(
-                    "nats_denied",
-                    f"NATS refused {watch.denied}: {what} is not permitted.",
-                    hint="The permissions of the NATS user decide; see docs/nats.md.",
-                ) from None
+                raise _denied(watch.denied, what) from None
+            if watch.lost:
+                raise FerryError("nats_unreachable", f"The connection to NATS was lost: {what}.") from None
             if not self.nats.is_connected:
                 raise self._unreachable(self._last_failure) from error
             raise FerryError("no_answer", f"No answer within {seconds:g} s: {what}.") from None
@@ -282,17 +284,27 @@ class Bus:
 
 
 class _Watch:
-    """Lets a refusal, which nats-py reports elsewhere, end the wait it belongs to."""
+    """Lets a refusal or a lost connection, which nats-py reports elsewhere, end the wait it belongs to."""
 
-    __slots__ = ("denied", "scope")
+    __slots__ = ("denied", "lost", "scope")
 
     def __init__(self) -> None:
         self.denied = ""
+        self.lost = False
         self.scope: asyncio.Timeout
 
-    def deny(self, what: str) -> None:
-        self.denied = what
-        self.scope.reschedule(asyncio.get_running_loop().time())
+    def end(self, *, denied: str = "", lost: bool = False) -> None:
+        self.denied, self.lost = denied or self.denied, lost
+        if not self.scope.expired():
+            self.scope.reschedule(asyncio.get_running_loop().time())
+
+
+def _denied(denied: str, what: str) -> FerryError:
+    return FerryError(
+        "nats_denied",
+        f"NATS refused {denied}: {what} is not permitted.",
+        hint="The permissions of the NATS user decide; see docs/nats.md.",
+    )
 
 
 def _error_of(body: bytes, headers: dict[str, str]) -> FerryError:

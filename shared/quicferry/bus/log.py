@@ -73,17 +73,28 @@ class EventLog:
 
         Retries a few times, about 10 s in all. Raises the FerryErrors of ``Bus.within``.
         """
-        return (await self._publish(event, {})).seq
+        try:
+            return (await self._publish(event, {})).seq
+        except nats.js.errors.APIError as error:
+            raise _refused(error) from error
 
     async def decide(self, event: Decision, *, after: int) -> int:
         """Write a decision, if the newest one of its migration is still entry ``after`` (0: there is none).
 
         Raises FerryError ``log_conflict`` when another coordinator was first, else as :meth:`append`.
         """
-        ack = await self._publish(event, {api.Header.EXPECTED_LAST_SUBJECT_SEQUENCE: str(after)})
-        if ack.duplicate and await self._entry(ack.seq) != event:
-            raise _conflict(event)
-        return ack.seq
+        try:
+            ack = await self._publish(event, {api.Header.EXPECTED_LAST_SUBJECT_SEQUENCE: str(after)})
+            if not ack.duplicate:
+                return ack.seq
+        except nats.js.errors.APIError as error:
+            if error.err_code not in _WRONG_LAST_SEQUENCE:
+                raise _refused(error) from error
+        # Either another coordinator was first, or it is our own, whose answer was lost on the way.
+        newest = await self._newest_decision(event.id)
+        if newest is None or newest.event != event:
+            raise FerryError("log_conflict", f"The log of {event.id} already has another decision.")
+        return newest.seq
 
     async def read(self, migration: str) -> list[Entry]:
         """The whole history of one migration, in order; empty if there is none."""
@@ -125,10 +136,6 @@ class EventLog:
                         stream=subjects.LOG_STREAM,
                         headers=dict(headers),
                     )
-            except nats.js.errors.APIError as error:
-                if error.err_code in _WRONG_LAST_SEQUENCE:
-                    raise _conflict(event) from None
-                raise FerryError("nats_unreachable", f"The log refused an entry: {error.description}.") from error
             except FerryError as error:
                 if error.code not in ("no_answer", "nats_unreachable") or attempt == ATTEMPTS:
                     raise
@@ -137,12 +144,16 @@ class EventLog:
             wait *= 3
         raise AssertionError("unreachable")
 
-    async def _entry(self, seq: int) -> AnyEvent | None:
+    async def _newest_decision(self, migration: str) -> Entry | None:
         subject = f"{self._bus.settings.jetstream_prefix}.DIRECT.GET.{subjects.LOG_STREAM}"
         async with self._bus.within(PUBLISH_SECONDS, subject, "reading the log"):
-            found = await self._bus.js.get_msg(subjects.LOG_STREAM, seq=seq, direct=True)
-        entry = _decode(found.subject or "", found.data or b"", seq)
-        return entry.event if entry else None
+            try:
+                found = await self._bus.js.get_last_msg(
+                    subjects.LOG_STREAM, subjects.decision(migration), direct=True
+                )
+            except nats.js.errors.NotFoundError:
+                return None
+        return _decode(found.subject or "", found.data or b"", found.seq or 0)
 
 
 def _filter(migration: str | None) -> str:
@@ -166,5 +177,5 @@ def _decode(subject: str, data: bytes, seq: int) -> Entry | None:
     return Entry(seq, event)
 
 
-def _conflict(event: AnyEvent) -> FerryError:
-    return FerryError("log_conflict", f"The log of {event.id} already has another decision.")
+def _refused(error: nats.js.errors.APIError) -> FerryError:
+    return FerryError("nats_unreachable", f"The log refused an entry: {error.description}.")

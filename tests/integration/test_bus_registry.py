@@ -1,0 +1,91 @@
+"""Berths, placements and locks in their buckets."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from nats.js.errors import NoKeysError
+
+from quicferry.bus.connection import Bus
+from quicferry.bus.registry import Registry
+from quicferry.protocol import subjects
+from quicferry.protocol.api import Address, Berth, Place, Placement
+from quicferry.protocol.errors import FerryError
+
+
+def berth(name: str, *, occupied: bool = False, seen_ms: int = 1) -> Berth:
+    return Berth(
+        node="local",
+        berth=name,
+        service="echo",
+        address=Address(host="127.0.0.1", port=14242),
+        port=4242,
+        occupied=occupied,
+        container="c0ffee",
+        image="sha256:1",
+        seen_ms=seen_ms,
+    )
+
+
+def placed(name: str, epoch: int) -> Placement:
+    return Placement(
+        service="echo",
+        place=Place(node="local", berth=name, address=Address(host="127.0.0.1", port=14242)),
+        epoch=epoch,
+    )
+
+
+async def test_berths_newest_report_only(registry: Registry) -> None:
+    assert await registry.berths() == []
+    await registry.put_berth(berth("b"))
+    await registry.put_berth(berth("a"))
+    await registry.put_berth(berth("b", occupied=True, seen_ms=2))
+    assert await registry.berths() == [berth("a"), berth("b", occupied=True, seen_ms=2)]
+
+
+async def test_an_unreadable_berth_hides_no_other(bus: Bus, registry: Registry) -> None:
+    kv = await bus.js.key_value(subjects.BERTH_BUCKET)
+    await kv.put("local.bad", b"\xff")
+    await registry.put_berth(berth("a"))
+    await kv.put("local.gone", b"{}")
+    await kv.delete("local.gone")
+    assert await registry.berths() == [berth("a")]
+
+
+async def test_placement_is_compare_and_set(registry: Registry) -> None:
+    assert await registry.placement("echo") == (None, 0)
+    revision = await registry.place(placed("a", 1), 0)
+    assert await registry.placement("echo") == (placed("a", 1), revision)
+    with pytest.raises(FerryError) as caught:
+        await registry.place(placed("b", 2), 0)
+    assert caught.value.code == "log_conflict"
+    newer = await registry.place(placed("b", 2), revision)
+    assert newer > revision
+    assert await registry.placements() == [placed("b", 2)]
+
+
+async def test_one_of_many_gets_the_lock(registry: Registry) -> None:
+    got = await asyncio.gather(*(registry.lock("echo", f"m{n}") for n in range(10)))
+    assert got.count(True) == 1
+    holder = await registry.lock_holder("echo")
+    assert holder is not None
+    assert holder.id == f"m{got.index(True)}"
+    assert await registry.lock("echo", holder.id)  # again, by the same migration
+    await registry.unlock("echo", "another")
+    assert await registry.lock_holder("echo") == holder
+    await registry.unlock("echo", holder.id)
+    assert await registry.lock_holder("echo") is None
+    assert await registry.lock("echo", "next")
+    assert await registry.lock("other", "m1")
+
+
+async def test_the_buckets_are_plain_ones(bus: Bus, registry: Registry) -> None:
+    """Any NATS client reads them: here nats.py's own, with its own idea of a bucket."""
+    await registry.put_berth(berth("a"))
+    kv = await bus.js.key_value(subjects.BERTH_BUCKET)
+    assert await kv.keys() == ["local.a"]
+    with pytest.raises(NoKeysError):
+        await (await bus.js.key_value(subjects.PLACEMENT_BUCKET)).keys()
+    assert (await bus.js.create_key_value(bucket="another")) is not None
+    await Registry.open(bus)
