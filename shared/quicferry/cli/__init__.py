@@ -1,0 +1,1 @@
+"""The ``quicferry`` command: one small module a group of commands, loaded when used."""

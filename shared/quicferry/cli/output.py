@@ -1,0 +1,135 @@
+"""What the command prints: text for a person, plain lines for a pipe, JSON when asked."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, TextIO
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from quicferry.protocol.errors import FerryError
+
+PIPE_WIDTH: Final = 100_000
+"""Nothing is folded in a pipe: one record stays one line."""
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """A piece of text with a rich style."""
+
+    text: str
+    style: str = ""
+
+
+Row = Sequence[str | Cell]
+
+
+class Output:
+    """Standard output and standard error of one run.
+
+    With ``as_json`` standard output carries JSON only, one object a line, and an error is one object on
+    standard error. NO_COLOR and TERM=dumb are honoured, by rich.
+    """
+
+    def __init__(self, *, as_json: bool = False, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.as_json = as_json
+        self.console = _console(out or sys.stdout)
+        self.errors = _console(err or sys.stderr)
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a terminal to draw progress on."""
+        return not self.as_json and self.console.is_terminal and not self.console.is_dumb_terminal
+
+    def record(self, record: Any) -> None:
+        """One JSON object on a line of its own; takes structs and plain data."""
+        self.console.file.write(msgspec.json.encode(record).decode() + "\n")
+        self.console.file.flush()
+
+    def line(self, *parts: str | Cell) -> None:
+        """One line for a person; silent with ``as_json``. Words wrap on a terminal."""
+        if self.as_json:
+            return
+        self.console.print(_text(parts))
+        self.console.file.flush()
+
+    def table(
+        self, headings: Sequence[str], rows: Iterable[Row], *, right: Sequence[int] = (), fold: int = -1
+    ) -> None:
+        """Columns for a person; silent with ``as_json``.
+
+        ``right`` numbers the columns that are set flush right, ``fold`` the one that gives way when the
+        terminal is narrow; the others are kept whole as long as they fit.
+        """
+        if self.as_json:
+            return
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_header=any(headings))
+        for number, heading in enumerate(headings):
+            last = number == fold % len(headings)
+            table.add_column(
+                heading,
+                justify="right" if number in right else "left",
+                overflow="fold",
+                no_wrap=False,
+                ratio=None,
+                min_width=8 if last else None,
+            )
+        for row in rows:
+            table.add_row(*(_text([cell]) for cell in row))
+        with self.console.capture() as capture:
+            self.console.print(table)
+        for text in capture.get().splitlines():
+            self.console.file.write(text.rstrip() + "\n")
+        self.console.file.flush()
+
+    def error(self, error: FerryError) -> None:
+        """What went wrong, what to do and the code to look up, on standard error."""
+        if self.as_json:
+            self.errors.file.write(msgspec.json.encode({"error": error.body()}).decode() + "\n")
+            return
+        where = f" (at {error.path})" if error.path else ""
+        self._error_line("error: ", f"{error.message}{where}", style="bold red")
+        if error.hint:
+            self._error_line("  what to do: ", error.hint)
+        self._error_line("  code: ", error.code)
+
+    def note(self, text: str) -> None:
+        """A remark on standard error, which is no part of the result; silent with ``as_json``."""
+        if not self.as_json:
+            self._error_line("", text)
+
+    def _error_line(self, label: str, text: str, style: str = "") -> None:
+        text = printable(text)
+        lines = [text]
+        if self.errors.is_terminal:
+            lines = textwrap.wrap(text, max(self.errors.width - len(label), 20)) or [""]
+        for number, part in enumerate(lines):
+            head = Text(label, style) if number == 0 else Text(" " * len(label))
+            self.errors.print(head + Text(part), soft_wrap=True)
+        self.errors.file.flush()
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters made visible: what others wrote must not drive a terminal."""
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def _text(parts: Sequence[str | Cell]) -> Text:
+    text = Text()
+    for part in parts:
+        cell = part if isinstance(part, Cell) else Cell(part)
+        text.append(printable(cell.text), cell.style)
+    return text
+
+
+def _console(file: TextIO) -> Console:
+    if hasattr(file, "reconfigure"):
+        file.reconfigure(errors="replace")  # a terminal without UTF-8 gets question marks, not a traceback
+    plain = not file.isatty()
+    width = PIPE_WIDTH if plain and "COLUMNS" not in os.environ else None
+    return Console(file=file, width=width, highlight=False, markup=False, emoji=False)

@@ -1,0 +1,94 @@
+"""What every command that talks to NATS shares: connecting, asking, and hints that fit somebody at a shell."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+
+from quicferry.cli.logfile import Entry
+from quicferry.protocol import subjects
+from quicferry.protocol.api import Placement, ServicesReply, ServicesRequest
+from quicferry.protocol.errors import FerryError
+
+if TYPE_CHECKING:
+    from quicferry.bus.connection import Bus
+
+ANSWER_SECONDS: Final = 5.0
+"""How long the coordinator may take to answer a request."""
+READ_SECONDS: Final = 30.0
+"""How long reading one migration's whole log may take."""
+
+R = TypeVar("R")
+
+
+@contextlib.asynccontextmanager
+async def connected(args: argparse.Namespace) -> AsyncIterator[Bus]:
+    """The connection that --nats, --context and the environment ask for; fails within 2 s, never waits."""
+    from quicferry.bus.connection import Bus
+    from quicferry.bus.settings import DEFAULT_URL, NatsSettings
+
+    settings = NatsSettings.load(url=args.nats, context=args.context)
+    try:
+        async with Bus.connect("quicferry-cli", settings, wait=False) as bus:
+            yield bus
+    except FerryError as error:
+        if error.code == "nats_unreachable" and settings.servers == [DEFAULT_URL]:
+            error.hint = "`quicferry up` starts one here; --nats, --context and NATS_URL name another."
+        raise
+
+
+async def ask(bus: Bus, subject: str, request: msgspec.Struct, reply: type[R]) -> R:
+    """Ask the coordinator. Raises the FerryError that it answers, or ``no_answer`` with what to look at."""
+    try:
+        return await bus.request(subject, request, reply, timeout=ANSWER_SECONDS)
+    except FerryError as error:
+        if error.code == "no_answer" and not error.hint:
+            error.hint = "Is the coordinator running? `quicferry up` starts it, `quicferry doctor` looks around."
+        raise
+
+
+async def services(bus: Bus) -> ServicesReply:
+    """Where every service is, and every berth."""
+    return await ask(bus, subjects.SERVICES, ServicesRequest(), ServicesReply)
+
+
+async def the_service(bus: Bus, name: str | None) -> Placement:
+    """The placement of the service ``name``, or of the only one when None.
+
+    Raises FerryError ``unknown_service`` when there is none, ``usage`` when there are several to choose from.
+    """
+    known = (await services(bus)).services
+    if name is None and len(known) == 1:
+        return known[0]
+    names = ", ".join(sorted(placement.service for placement in known))
+    if name is None and known:
+        raise FerryError("usage", "There are several services; say which.", hint=f"One of: {names}.")
+    for placement in known:
+        if placement.service == name:
+            return placement
+    what = f"There is no service {name!r}." if name else "No service is running."
+    hint = f"There is: {names}." if known else "`quicferry up` starts one; it takes a moment to be seen."
+    raise FerryError("unknown_service", what, hint=hint)
+
+
+async def read_log(args: argparse.Namespace, migration: str) -> list[Entry]:
+    """One migration's whole log from NATS. Raises FerryError ``unknown_migration`` when there is none."""
+    import asyncio
+
+    from quicferry.bus.log import EventLog
+
+    try:
+        async with asyncio.timeout(READ_SECONDS), connected(args) as bus:
+            log = await EventLog.open(bus)
+            entries = [Entry(*entry) for entry in await log.read(migration)]
+    except TimeoutError:
+        raise FerryError("no_answer", f"The log was not read within {READ_SECONDS:g} s.") from None
+    if not entries:
+        raise FerryError(
+            "unknown_migration", f"The log knows no migration {migration!r}.", hint="`quicferry status` lists them."
+        )
+    return entries
