@@ -47,6 +47,8 @@ class BerthFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The PID of the berth's PID 1, in the host's PID namespace."""
     cgroup_path: str = ""
     """Below each hierarchy's root; empty if the container has no cgroup of its own or only a list was asked."""
+    conmon_pid: int = 0
+    """The PID of the container's monitor; 0 if only a list was asked."""
 
     def record(self, node: str) -> BerthRecord:
         """What the registry holds of it. Raises FerryError ``berth_gone`` if its init has exited."""
@@ -66,7 +68,15 @@ class BerthFacts(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def facts(labels: dict[str, str], *, container: str, image: str, init_pid: int, cgroup_path: str = "") -> BerthFacts:
+def facts(
+    labels: dict[str, str],
+    *,
+    container: str,
+    image: str,
+    init_pid: int,
+    cgroup_path: str = "",
+    conmon_pid: int = 0,
+) -> BerthFacts:
     """Read a berth's labels. Raises FerryError ``bad_request`` that names the label at fault."""
     address = labels.get(LABEL_ADDRESS, "")
     host, _, public = address.rpartition(":")
@@ -95,4 +105,5 @@ def facts(labels: dict[str, str], *, container: str, image: str, init_pid: int, 
         image=image,
         init_pid=init_pid,
         cgroup_path=cgroup_path,
+        conmon_pid=conmon_pid,
     )

@@ -1,41 +1,45 @@
 """Puts CRIU into a berth's cgroup, so that what it restores is accounted and limited as the berth is.
 
-Works on cgroup v1, v2 and hybrid hosts (cgroups(7)), and from a privileged container with ``pid: host``:
-there the host's own cgroup mounts are reached through PID 1's root.
+Works on cgroup v1, v2 and hybrid hosts (cgroups(7)), and from a privileged container with ``pid: host``: there
+the host's own cgroup mounts are reached through the root of a process that sees them, which is the berth's
+conmon (podman's monitor, started by podman beside the container) or PID 1.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from quicferry.protocol.errors import FerryError
 
-HOST_CGROUPS: Final = Path("/proc/1/root/sys/fs/cgroup")
+MOUNT: Final = "sys/fs/cgroup"
 MAX_DIRS: Final = 256
 """Directories looked at below a container's cgroup, at most."""
 
 
-def hierarchies(root: Path = HOST_CGROUPS) -> list[Path]:
-    """The mounted hierarchies: the root itself on v2, every controller (and ``unified``) on v1 and hybrid."""
+def roots(conmon_pid: int) -> list[Path]:
+    """Where the host's cgroup mounts may be seen. PID 1 can be out of reach for a root with fewer capabilities."""
+    seers = [Path(f"/proc/{pid}/root") for pid in (conmon_pid, 1) if pid > 0]
+    return [seer / MOUNT for seer in (*seers, Path("/"))]
+
+
+def hierarchies(root: Path) -> list[Path]:
+    """The mounted hierarchies: the root itself on v2, every controller (and ``unified``) on v1 and hybrid.
+
+    Raises OSError if ``root`` can't be read.
+    """
     if (root / "cgroup.controllers").exists():
         return [root]
-    try:
-        # v1's co-mounted controllers are symlinks to one mount (cpu -> cpu,cpuacct): each mount once,
-        # told apart by device. Path.resolve() would leave PID 1's root for our own.
-        mounts = {child.stat().st_dev: child for child in sorted(root.iterdir()) if child.is_dir()}
-    except OSError as error:
-        raise FerryError(
-            "machine_unfit",
-            f"The host's cgroups can't be read at {root}: {error.strerror}.",
-            hint="Run the agent privileged and with pid: host.",
-        ) from None
+    # v1's co-mounted controllers are symlinks to one mount (cpu -> cpu,cpuacct): each mount once, told
+    # apart by device. Path.resolve() would leave the other process's root for our own.
+    mounts = {child.stat().st_dev: child for child in sorted(root.iterdir()) if child.is_dir()}
     return sorted(folder for folder in mounts.values() if (folder / "cgroup.procs").exists())
 
 
-def directories_of(init_pid: int, cgroup_path: str, root: Path = HOST_CGROUPS) -> list[Path]:
-    """Where ``init_pid`` lives in every hierarchy, at or below podman's ``cgroup_path``.
+def directories_of(init_pid: int, cgroup_path: str, root: Path) -> list[Path]:
+    """Where ``init_pid`` lives in every hierarchy, at or below podman's ``cgroup_path``. Raises OSError.
 
     The payload may sit in a subgroup of the path that podman names (crun on v2 does that), so the
     directory is the one whose ``cgroup.procs`` lists the process.
@@ -52,31 +56,31 @@ def directories_of(init_pid: int, cgroup_path: str, root: Path = HOST_CGROUPS) -
     return found
 
 
-def join(pid: int, init_pid: int, cgroup_path: str, root: Path = HOST_CGROUPS) -> list[Path]:
-    """Move ``pid`` to where ``init_pid`` lives; the directories joined.
+def join(pid: int, init_pid: int, cgroup_path: str, where: Sequence[Path]) -> list[Path]:
+    """Move ``pid`` to where ``init_pid`` lives, seen from the first of the roots ``where`` that shows it.
 
-    Raises FerryError ``machine_unfit`` if the berth has a cgroup and none could be joined. A berth
-    without one (podman's ``--cgroups=disabled``) needs nothing.
+    Returns the directories joined. Raises FerryError ``machine_unfit`` if the berth has a cgroup and it can't be
+    joined. A berth without one (podman's ``--cgroups=disabled``) needs nothing.
     """
     if not cgroup_path:
         return []
-    joined: list[Path] = []
     refused: OSError | None = None
-    for folder in directories_of(init_pid, cgroup_path, root):
+    for root in where:
         try:
-            (folder / "cgroup.procs").write_text(str(pid), encoding="ascii")
+            folders = directories_of(init_pid, cgroup_path, root)
+            for folder in folders:
+                (folder / "cgroup.procs").write_text(str(pid), encoding="ascii")
         except OSError as error:
             refused = error
-        else:
-            joined.append(folder)
-    if not joined or refused is not None:
-        why = refused.strerror if refused else "it is in no hierarchy"
-        raise FerryError(
-            "machine_unfit",
-            f"CRIU can't join the berth's cgroup {cgroup_path}: {why}.",
-            hint="Run the agent privileged and with pid: host.",
-        )
-    return joined
+            continue
+        if folders:
+            return folders
+    why = f"{refused.filename}: {refused.strerror}" if refused else "it is in no hierarchy that the agent sees"
+    raise FerryError(
+        "machine_unfit",
+        f"CRIU can't join the berth's cgroup {cgroup_path} ({why}).",
+        hint="Run the agent privileged and with pid: host.",
+    )
 
 
 def _lists(procs: Path, pid: int) -> bool:

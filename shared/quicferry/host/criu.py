@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 
 from quicferry.host import cgroups, criu_errors
 from quicferry.host import criu_rpc_pb2 as rpc
+from quicferry.host.berths import BerthFacts
 from quicferry.host.images import Images
 from quicferry.host.processes import Process, children
 from quicferry.protocol.errors import FerryError
@@ -63,19 +64,19 @@ class CriuSession:
         init_pid: int,
         images: Images,
         *,
-        cgroup_path: str | None = None,
+        cgroup_of: BerthFacts | None = None,
         streams: Sequence[int] = (),
         timeout: float = START_TIMEOUT,
     ) -> CriuSession:
         """Start CRIU in the namespaces of ``init_pid`` and warm it up: its probes of the kernel are cached.
 
-        ``cgroup_path``: join the berth's cgroup, for what CRIU restores is born in its own. ``streams``:
-        descriptors it inherits under the same numbers; it gets copies. Raises FerryError ``criu_missing``.
+        ``cgroup_of``: join that berth's cgroup, for what CRIU restores is born in its own. ``streams``:
+        descriptors it inherits; :meth:`stream` gives the number each has. Raises FerryError ``criu_missing``.
         """
         session = cls(images)
         try:
             async with asyncio.timeout(timeout):
-                await session._start(init_pid, cgroup_path, streams)
+                await session._start(init_pid, cgroup_of, streams)
         except TimeoutError:
             await session.close()
             raise FerryError("criu_missing", f"CRIU did not answer within {timeout:g} s in the berth.") from None
@@ -215,7 +216,7 @@ class CriuSession:
         self._images_fd = self._work_fd = self._output_fd = -1
         self._streams = []
 
-    async def _start(self, init_pid: int, cgroup_path: str | None, streams: Sequence[int]) -> None:
+    async def _start(self, init_pid: int, cgroup_of: BerthFacts | None, streams: Sequence[int]) -> None:
         self._streams = [os.dup(fd) for fd in streams]
         number = self._theirs.fileno()
         # The namespaces of the berth, all but the cgroup namespace: so CRIU dumps no namespace, and what it
@@ -244,8 +245,9 @@ class CriuSession:
                 hint="Build the berths' image anew; it brings its own CRIU.",
             )
         self._criu = Process(children(self._launcher.pid)[0])
-        if cgroup_path is not None:
-            cgroups.join(self._criu.pid, init_pid, cgroup_path)
+        if cgroup_of is not None:
+            roots = cgroups.roots(cgroup_of.conmon_pid)
+            cgroups.join(self._criu.pid, init_pid, cgroup_of.cgroup_path, roots)
         # Its answer comes from a child that has probed the kernel and cached what it found in /run.
         wanted = rpc.criu_features(mem_track=True)
         answer = await self._ask(rpc.criu_req(type=rpc.FEATURE_CHECK, keep_open=True, features=wanted))

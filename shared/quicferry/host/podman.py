@@ -98,6 +98,7 @@ class Podman:
             image=attrs.get("Image", ""),
             init_pid=state["Pid"],
             cgroup_path=state.get("CgroupPath") or "",
+            conmon_pid=state.get("ConmonPid") or 0,
         )
 
     async def _call(self, function: Callable[[], T]) -> T:

@@ -155,10 +155,10 @@ def namespace_pid(pid: int) -> int:
 
 
 def pid_namespace(pid: int) -> int:
-    """An identity for the PID namespace of ``pid``; 0 if the process is gone."""
+    """An identity for the PID namespace of ``pid``; 0 if the process is gone or none of our business."""
     try:
         return os.stat(f"/proc/{pid}/ns/pid").st_ino
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return 0
 
 

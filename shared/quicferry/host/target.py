@@ -68,9 +68,7 @@ class Target:
         self._dock = self._open_dock(berth)
         outputs = [os.open(f"/proc/{berth.init_pid}/fd/{number}", os.O_WRONLY | os.O_CLOEXEC) for number in OUTPUTS]
         try:
-            self._criu = await CriuSession.start(
-                berth.init_pid, self._images, cgroup_path=berth.cgroup_path, streams=outputs
-            )
+            self._criu = await CriuSession.start(berth.init_pid, self._images, cgroup_of=berth, streams=outputs)
         finally:
             for fd in outputs:
                 os.close(fd)

@@ -1,0 +1,181 @@
+"""Berths for tests: real containers, labelled so that a test removes all of its own even when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import pytest
+
+from quicferry.host import berths, machine
+from quicferry.host.podman import Podman
+from quicferry.protocol.api import Address, Options, Place
+
+PROJECT: Final = Path(__file__).resolve().parents[2]
+LABEL: Final = "io.quicferry.test"
+IMAGE: Final = os.environ.get("QUICFERRY_TEST_IMAGE", "localhost/quicferry:latest")
+PORT: Final = 4242
+BERTH_INIT: Final = ("python3", "-IS", "/test/berth_init.py", "--")
+ECHO: Final = ("python3", "/test/udp_echo.py")
+"""The UDP echo of udp_echo.py, as a berth's command."""
+START_TIMEOUT: Final = 30.0
+
+
+def environment() -> dict[str, str]:
+    """The environment for podman on this machine."""
+    return {**os.environ, **machine.environment(PROJECT)}
+
+
+def podman(*arguments: str, check: bool = True, timeout: float = 60.0) -> str:
+    """Run the podman command and return what it printed."""
+    done = subprocess.run(
+        ["podman", *arguments], env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    if check and done.returncode:
+        raise AssertionError(f"podman {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def require() -> None:
+    """Skip the test, with the missing thing's name, where real berths can't be had."""
+    if os.geteuid() != 0:
+        pytest.skip("root is missing: berths need it")
+    for program in ("podman", "nsenter"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is missing")
+    if subprocess.run(["podman", "image", "exists", IMAGE], env=environment(), check=False).returncode:
+        pytest.skip(f"image {IMAGE} is missing: make setup builds it (QUICFERRY_TEST_IMAGE names another)")
+
+
+class TestBerth(msgspec.Struct, kw_only=True):
+    """One berth, as a test sees it."""
+
+    __test__ = False
+
+    name: str
+    container: str
+    ip: str
+    init_pid: int
+
+    @property
+    def place(self) -> Place:
+        return Place(node="local", berth=self.name, address=Address(host=self.ip, port=PORT))
+
+    def logs(self) -> list[str]:
+        """What its servers have printed, as `podman logs` shows it."""
+        return podman("logs", self.container).splitlines()
+
+
+class Harbour:
+    """Makes berths on a network of its own, with a podman service of its own for the agents' client."""
+
+    def __init__(self, folder: Path) -> None:
+        self.mark = uuid.uuid4().hex[:12]
+        self.folder = folder
+        self.images = Path("/dev/shm") / f"quicferry-test-{self.mark}"  # noqa: S108 - images belong on a tmpfs
+        self.url = f"unix://{folder}/podman.sock"
+        self.network = f"quicferry-test-{self.mark}"
+        self._service: subprocess.Popen[bytes] | None = None
+
+    async def open(self) -> None:
+        podman("network", "create", "--label", f"{LABEL}={self.mark}", self.network)
+        with (self.folder / "podman-service.log").open("wb") as log:
+            self._service = subprocess.Popen(
+                ["podman", "system", "service", "--time=0", self.url], env=environment(), stdout=log, stderr=log
+            )
+        async with asyncio.timeout(START_TIMEOUT):
+            while not (self.folder / "podman.sock").exists():
+                assert self._service.poll() is None, (self.folder / "podman-service.log").read_text()
+                await asyncio.sleep(0.02)  # nothing tells when the service has made its socket
+
+    async def close(self) -> None:
+        """Remove everything with this harbour's mark; every step is tried."""
+        with contextlib.suppress(Exception):
+            for container in podman("ps", "-aq", "--filter", f"label={LABEL}={self.mark}").split():
+                podman("rm", "-f", "-t", "0", container, check=False)
+            podman("network", "rm", "-f", self.network, check=False)
+        if self._service is not None:
+            self._service.terminate()
+            try:
+                self._service.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._service.kill()
+                self._service.wait()
+        shutil.rmtree(self.images, ignore_errors=True)
+
+    async def berth(
+        self,
+        name: str,
+        command: Sequence[str] = (),
+        *,
+        service: str = "echo",
+        env: Mapping[str, str] | None = None,
+        wait_for: str = "serving",
+    ) -> TestBerth:
+        """Start a berth; with ``command`` a server is in it, and has printed ``wait_for`` when this returns."""
+        here = Path(__file__).resolve().parent
+        unique = f"{name}-{self.mark}"
+        arguments = ["run", "-d", "--name", unique, "--network", self.network, "--tmpfs", "/run"]
+        arguments += ["--cap-add", "CHECKPOINT_RESTORE", "--label", f"{LABEL}={self.mark}"]
+        arguments += ["--label", f"{berths.LABEL_BERTH}={unique}", "--label", f"{berths.LABEL_SERVICE}={service}"]
+        arguments += ["--label", f"{berths.LABEL_PORT}={PORT}"]
+        arguments += ["--label", f"{berths.LABEL_ADDRESS}=127.0.0.1:{PORT}", "--entrypoint", ""]
+        arguments += ["-v", f"{PROJECT}/shared/quicferry/host/berth_init.py:/test/berth_init.py:ro"]
+        arguments += ["-v", f"{here}/udp_echo.py:/test/udp_echo.py:ro"]
+        for key, value in (env or {}).items():
+            arguments += ["-e", f"{key}={value}"]
+        container = podman(*arguments, IMAGE, *BERTH_INIT, *command)
+        facts = podman(
+            "inspect", "-f", "{{.State.Pid}} {{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", container
+        )
+        pid, ip = facts.split()
+        berth = TestBerth(name=unique, container=container, ip=ip, init_pid=int(pid))
+        if command:
+            await self.log_line(berth, wait_for)
+        return berth
+
+    async def log_line(self, berth: TestBerth, text: str) -> str:
+        """Wait until ``text`` is in the berth's log; its line."""
+        follower = await asyncio.create_subprocess_exec(
+            "podman", "logs", "-f", berth.container, env=environment(), stdout=asyncio.subprocess.PIPE
+        )
+        assert follower.stdout is not None
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                async for raw in follower.stdout:
+                    if text in (line := raw.decode()):
+                        return line
+            raise AssertionError(f"{text!r} is not in the log of {berth.name}: {berth.logs()}")
+        finally:
+            if follower.returncode is None:
+                follower.kill()
+            await follower.wait()
+
+
+@contextlib.asynccontextmanager
+async def harbour(folder: Path) -> AsyncIterator[Harbour]:
+    """A harbour that is empty again afterwards. Skips where berths can't be had."""
+    require()
+    made = Harbour(folder)
+    try:
+        await made.open()
+        yield made
+    finally:
+        await made.close()
+
+
+def quick_options() -> Options:
+    """Limits that a test does not wait long for."""
+    return Options(ack_timeout_ms=100, quiesce_timeout_ms=100, phase_timeout_ms=8_000)
+
+
+def client_of(harbour: Harbour) -> Podman:
+    return Podman(harbour.url)

@@ -1,0 +1,82 @@
+"""A UDP echo server that holds and adopts as the server wrapper does: standard library only, runs in a berth.
+
+It answers each datagram with a running number, its PID and the datagram: a number that goes on after a move
+shows that the process was moved, not started. ECHO_BALLAST_MIB makes it larger; ECHO_STUBBORN=1 makes it ignore
+SIGTERM; ECHO_EXIT=1 makes it exit on SIGTERM, as a server that is not armed does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from typing import Any
+
+PORT = 4242
+AGENT = f"\0quicferry.parking.{PORT}"
+
+
+class Echo:
+    def __init__(self) -> None:
+        self.count = 0
+        self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.udp.bind(("0.0.0.0", PORT))
+        self.ballast = os.urandom(int(os.environ.get("ECHO_BALLAST_MIB", "0")) << 20)
+
+    def readable(self) -> None:
+        while True:
+            try:
+                data, peer = self.udp.recvfrom(2048)
+            except BlockingIOError:
+                return
+            self.count += 1
+            self.udp.sendto(f"{self.count} {os.getpid()} ".encode() + data, peer)
+
+    def term(self) -> None:
+        if os.environ.get("ECHO_STUBBORN"):
+            print("stubborn", flush=True)
+            return
+        if os.environ.get("ECHO_EXIT"):
+            raise SystemExit(0)
+        loop = asyncio.get_running_loop()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
+        loop.remove_reader(self.udp)
+        self._park()
+        print("held", flush=True)
+        if signal.sigwaitinfo({signal.SIGUSR2, signal.SIGTERM}).si_signo == signal.SIGTERM:
+            raise SystemExit(0)
+        answer = self._adopt()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
+        loop.add_reader(self.udp, self.readable)
+        print("adopted", answer["outcome"], answer["berth"], answer["epoch"], flush=True)
+        self.readable()
+
+    def _park(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
+            unix.connect(AGENT)
+            socket.send_fds(unix, [b'{"op":"park","id":"any"}\n'], [self.udp.fileno()])
+            self.udp.close()
+
+    def _adopt(self) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
+            unix.connect(AGENT)
+            unix.sendall(b'{"op":"adopt"}\n')
+            line, fds, _, _ = socket.recv_fds(unix, 4096, 1)
+        self.udp = socket.socket(fileno=fds[0])
+        self.udp.setblocking(False)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+async def main() -> None:
+    echo = Echo()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(echo.udp, echo.readable)
+    loop.add_signal_handler(signal.SIGTERM, echo.term)
+    print("serving", os.getpid(), flush=True)
+    await asyncio.Event().wait()
+
+
+asyncio.run(main())
