@@ -33,6 +33,7 @@ CODES: Final[dict[str, str]] = {
     "nats_unreachable": "NATS does not answer.",
     "nats_denied": "NATS refused the operation.",
     "no_answer": "Nobody answered a request.",
+    "connect_failed": "A QUIC connection could not be made.",
     "bad_settings": "A setting can't be used as it is.",
     "log_conflict": "Another coordinator wrote this decision first.",
     "replay_differs": "The log holds decisions that the state machine would not take.",

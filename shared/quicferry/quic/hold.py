@@ -1,0 +1,191 @@
+"""The hold: the server gives its socket to the berth's agent, stands still, and gets a socket back.
+
+All of it is synchronous and runs in the event loop's thread: neither timers nor application run meanwhile.
+A process that holds no socket cannot send, whatever thaws it. protocol/handover.py has the exchange.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from quicferry.protocol import handover, wire
+from quicferry.protocol.errors import FerryError
+from quicferry.quic.migratable import MigratableUDP
+
+log = structlog.get_logger(__name__)
+
+WAKE: Final = signal.SIGUSR2
+STOP: Final = signal.SIGTERM
+WITH_THREADS_LOOK_EVERY: Final = 0.005
+"""Seconds between looks for a signal that another thread may have taken."""
+
+
+class Back(msgspec.Struct, frozen=True):
+    """What the process finds when it goes on."""
+
+    adopted: handover.Adopted
+    still_ms: float
+    """How long it stood still, by the wall clock: the monotonic one may have been carried along."""
+    queued: int
+    """Datagrams that were waiting in the adopted socket."""
+
+
+def hold(udp: MigratableUDP, migration: str) -> Back:
+    """Park the socket, stand still until SIGUSR2, adopt a socket. Does not return on SIGTERM.
+
+    Raises FerryError ``hold_refused``, with the socket still in use, if no agent takes it.
+    """
+    name = handover.socket_name(udp.port)
+    line = wire.encode(handover.Park(id=migration)) + b"\n"
+    gc.disable()
+    with _signals_blocked(), _Stray() as stray:
+        try:
+            _park(udp, name, line)
+            since = time.time()
+            adopted, sock = _stand_still(name, stray)
+            queued = udp.adopt(sock)
+        finally:
+            gc.enable()
+            # Whoever woke us may have done so twice; the second call is answered by what we did.
+            signal.sigtimedwait({WAKE}, 0)
+    return Back(adopted=adopted, still_ms=(time.time() - since) * 1000, queued=queued)
+
+
+def adopt(udp: MigratableUDP) -> handover.Adopted | None:
+    """While serving: take a socket if an agent has one parked for us; None if there is no agent or nothing parked."""
+    try:
+        adopted, sock = _ask(handover.socket_name(udp.port))
+    except FerryError:
+        return None
+    udp.adopt(sock)
+    return adopted
+
+
+def _park(udp: MigratableUDP, name: str, line: bytes) -> None:
+    agent = _connect(name)
+    with agent:
+        sock = udp.release()
+        try:
+            sent = socket.send_fds(agent, [line], [sock.fileno()])
+            if sent != len(line):
+                raise OSError("the line was not taken whole")
+        except OSError as error:
+            udp.adopt(sock)
+            raise FerryError("hold_refused", f"The berth's agent did not take the socket: {error}.") from None
+        sock.close()
+        # A SIGTERM from before this moment was about the move that is now under way.
+        signal.sigtimedwait({STOP}, 0)
+    # Here the connection is closed too: its end of file tells the agent that we hold no socket.
+
+
+def _stand_still(name: str, stray: _Stray) -> tuple[handover.Adopted, socket.socket]:
+    while True:
+        if stray.wait() == STOP:
+            # Our connections belong to another copy, or to nobody: nothing here may say goodbye for them.
+            os._exit(0)
+        end = time.monotonic() + handover.TIMEOUT
+        while True:
+            try:
+                return _ask(name)
+            except FerryError as error:
+                if time.monotonic() >= end:
+                    # Without a socket we are mute, which is the safe side: wait to be woken again.
+                    log.error("adopt_failed", code=error.code, reason=error.message)
+                    break
+                time.sleep(0.005)
+
+
+def _connect(name: str) -> socket.socket:
+    agent = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    agent.settimeout(handover.TIMEOUT)
+    try:
+        agent.connect(name)
+    except OSError as error:
+        agent.close()
+        raise FerryError(
+            "hold_refused",
+            f"Nobody takes the socket over: {error.strerror or error}.",
+            hint="The berth's agent listens while a migration runs; is one running here?",
+        ) from None
+    return agent
+
+
+def _ask(name: str) -> tuple[handover.Adopted, socket.socket]:
+    """One ``adopt`` exchange. Raises FerryError ``hold_refused``."""
+    with _connect(name) as agent:
+        received, fds = bytearray(), list[int]()
+        try:
+            agent.sendall(wire.encode(handover.Adopt()) + b"\n")
+            while b"\n" not in received and len(received) <= handover.MAX_LINE_BYTES:
+                data, more, _, _ = socket.recv_fds(agent, handover.MAX_LINE_BYTES, 4)
+                fds += more
+                if not data:
+                    break
+                received += data
+            adopted: handover.Adopted = wire.decode(bytes(received).partition(b"\n")[0], handover.Adopted)
+            if len(fds) != 1:
+                raise FerryError("hold_refused", f"The agent answered with {len(fds)} sockets instead of one.")
+            sock = socket.socket(fileno=fds[0])
+            fds.clear()
+        except OSError as error:
+            raise FerryError("hold_refused", f"The agent gave no socket: {error}.") from None
+        except FerryError as error:
+            raise FerryError("hold_refused", f"The agent gave no socket: {error.message}") from None
+        finally:
+            for fd in fds:
+                os.close(fd)
+    if sock.type != socket.SOCK_DGRAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        sock.close()
+        raise FerryError("hold_refused", "The agent gave a socket that is not UDP.")
+    return adopted, sock
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {WAKE, STOP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Stray:
+    """Waits for a blocked signal, also when an application's own thread is the one that gets it.
+
+    A signal to the process goes to any thread that does not block it (signal(7)); Python then notes
+    it in the wake-up descriptor, which for the time being is a pipe of ours.
+    """
+
+    def __enter__(self) -> _Stray:
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.set_wakeup_fd(self._before)
+        os.close(self._read)
+        os.close(self._write)
+
+    def wait(self) -> int:
+        """The signal, WAKE or STOP."""
+        if threading.active_count() == 1:
+            return signal.sigwaitinfo({WAKE, STOP}).si_signo
+        while True:
+            if (info := signal.sigtimedwait({WAKE, STOP}, WITH_THREADS_LOOK_EVERY)) is not None:
+                return info.si_signo
+            if select.select([self._read], [], [], 0)[0]:
+                for number in os.read(self._read, 64):
+                    if number in (WAKE, STOP):
+                        return number
