@@ -70,17 +70,23 @@ class Stack:
         if podman_service.ensure(self.environment):
             self._say("started podman's service")
         self._say("starting containers")
+        before = self.containers()
         current = image.image_id()
-        stale = any(container.image != current for container in self.containers())
-        run(
-            [*inventory.podman_compose(), "up", "--detach", *(["--force-recreate"] if stale else [])],
-            timeout=UP_TIMEOUT,
-            doing="starting the containers",
-            hint=_PORTS_HINT,
-            env=self.environment,
-            cwd=self.project,
-        )
-        return self._wait_until_running(timeout)
+        stale = any(container.image != current for container in before)
+        try:
+            run(
+                [*inventory.podman_compose(), "up", "--detach", *(["--force-recreate"] if stale else [])],
+                timeout=UP_TIMEOUT,
+                doing="starting the containers",
+                hint=_PORTS_HINT,
+                env=self.environment,
+                cwd=self.project,
+            )
+            return self._wait_until_running(timeout)
+        except FerryError:
+            if not before:  # nothing half-done: what was there before us is not ours to end
+                self.down()
+            raise
 
     def down(self, *, volumes: bool = False) -> int:
         """Stop and remove the containers, then their network; the log stays unless ``volumes``.
