@@ -85,13 +85,13 @@ def containers(name: str | None, env: Mapping[str, str]) -> list[Container]:
     return found
 
 
-def named(kind: str, project: str, env: Mapping[str, str]) -> list[str]:
-    """Our networks or volumes (``kind`` is ``network`` or ``volume``) of one copy of the system."""
+def named(kind: str, project: str | None, env: Mapping[str, str]) -> list[str]:
+    """Our networks or volumes (``kind`` says which): of one copy of the system, or of all if None."""
     listed = run(["podman", kind, "ls", "--format", "json"], timeout=30, doing=f"listing {kind}s", env=env)
     return [
         item.name
         for item in msgspec.json.decode(listed or "[]", type=list[_Named])
-        if item.labels.get(OURS) == "1" and item.labels.get(PROJECT_LABEL) == project
+        if item.labels.get(OURS) == "1" and project in (None, item.labels.get(PROJECT_LABEL))
     ]
 
 

@@ -117,7 +117,16 @@ def _start(path: Path, env: Mapping[str, str]) -> None:
 
 def stop_own() -> bool:
     """Stop the service that :func:`ensure` started for :func:`directory`, if it did; True if one was stopped."""
-    memory = _memory()
+    return _stop(_memory())
+
+
+def stop_all_own() -> None:
+    """Stop every service that we started, for whatever directory."""
+    for memory in STATE.glob("podman-service*.json"):
+        _stop(memory)
+
+
+def _stop(memory: Path) -> bool:
     try:
         started = msgspec.json.decode(memory.read_bytes(), type=_Started)
     except (OSError, msgspec.DecodeError):

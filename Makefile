@@ -1,0 +1,25 @@
+# Two commands matter: `make demo` shows it, `make test` proves it. Both begin with `make setup`.
+
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
+BIN := .venv/bin
+
+.PHONY: setup demo test lint clean
+
+setup: ## install what is missing, make .venv, build the image if its inputs changed
+	@containers/setup
+
+demo: setup ## move a server from berth A to B and back under a pinging client
+	@$(SUDO) $(BIN)/quicferry demo
+
+test: lint ## everything, the real moves included
+	@$(SUDO) $(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+clean: ## remove containers, volumes, images and what the build kept; packages stay
+	@if [ -x $(BIN)/python ]; then $(SUDO) $(BIN)/python -c 'from pathlib import Path; from quicferry.host import compose; compose.clean(Path())'; fi
+	@$(SUDO) rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist build
