@@ -1,0 +1,313 @@
+"""Carries out what the state machine asks for, one task a command, and writes what came of it into the log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+
+from quicferry.bus.connection import Bus
+from quicferry.bus.log import Entry, EventLog
+from quicferry.bus.registry import Registry
+from quicferry.migration.commands import (
+    ArmServer,
+    CallAgent,
+    Command,
+    Decide,
+    Place,
+    StartTimer,
+    StopTimer,
+    Unlock,
+)
+from quicferry.migration.machine import Phase, State, outstanding
+from quicferry.protocol import events as ev
+from quicferry.protocol import subjects
+from quicferry.protocol.agents import Accepted, AgentRequest, ArmReply, ArmRequest
+from quicferry.protocol.api import Placement
+from quicferry.protocol.errors import FerryError
+from services.coordinator.book import Book, placement_of
+
+log = structlog.get_logger()
+
+CALL_SECONDS: Final = 3.0
+"""How long a request may go unanswered, repeats included, before the log says that it failed."""
+DISARM_SECONDS: Final = 1.0
+CALL_WAIT: Final = 0.2
+"""Between two tries to reach somebody who is not there: agents and wrappers come back from restarts and moves."""
+CALLS_PER_NODE: Final = 16
+"""Requests in flight to one node: a node that hangs holds up only itself."""
+WRITE_TRIES: Final = 100
+FIRST_WAIT: Final = 0.1
+LONGEST_WAIT: Final = 2.0
+_UNHEARD: Final = ("no_answer", "nats_unreachable")
+_PERSISTENT: Final = (Phase.RESUMING, Phase.ABORTING)
+"""Here a call that nobody takes is repeated for as long as it is wanted: there is no other way out."""
+
+
+def now_ms() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+class Driver:
+    """Follows the log; ``ready`` is set when all of its past is known and what it still wants is under way."""
+
+    def __init__(self, bus: Bus, event_log: EventLog, registry: Registry, book: Book) -> None:
+        self.ready = asyncio.Event()
+        self._bus = bus
+        self._log = event_log
+        self._registry = registry
+        self._book = book
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._node_limits: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(CALLS_PER_NODE)
+        )
+        self._tasks: asyncio.TaskGroup
+
+    async def run(self) -> None:
+        """Replay in silence, give what is outstanding, then go live. Ends only by an error or by being cancelled."""
+        seq, entries = 0, 0
+        async for entry in self._log.replay():
+            self._book.take(entry)
+            seq, entries = entry.seq, entries + 1
+        unfinished = self._book.unfinished()
+        log.info("log_replayed", entries=entries, unfinished=[state.request.id for state in unfinished])
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                for placement in self._book.placements().values():
+                    self._tasks.create_task(self._write("place", placement.migration or "", self._placing(placement)))
+                for state in unfinished:
+                    log.info("migration_taken_up", id=state.request.id, phase=state.phase.value)
+                    for command in outstanding(state):
+                        self._give(state, command)
+                self.ready.set()
+                async with contextlib.aclosing(self._log.follow(from_seq=seq + 1)) as coming:
+                    async for entry in coming:
+                        self._take(entry)
+        finally:
+            for timer in self._timers.values():
+                timer.cancel()
+
+    def _take(self, entry: Entry) -> None:
+        before = self._book.state(entry.event.id)
+        taken = self._book.take(entry)
+        if taken is None:
+            return
+        state, commands = taken
+        self._tell(entry, before, state)
+        for command in commands:
+            self._give(state, command)
+
+    def _tell(self, entry: Entry, before: State | None, state: State) -> None:
+        request, lines = state.request, log.bind(id=entry.event.id)
+        lines.debug("log_entry", seq=entry.seq, kind=ev.kind(entry.event))
+        if before is None:
+            lines.info(
+                "migration_requested",
+                service=request.service,
+                source=f"{request.source.node}/{request.source.berth}",
+                target=f"{request.target.node}/{request.target.berth}",
+                epoch=request.epoch,
+            )
+        elif state.outcome is not None and before.outcome is None:
+            why = {"code": state.reason.code, "reason": state.reason.message} if state.reason else {}
+            lines.info(
+                "migration_ended",
+                outcome=state.outcome,
+                acks=len(state.acks),
+                clients=state.clients,
+                took_ms=entry.event.at_ms - request.at_ms,
+                **why,
+            )
+        elif state.phase is not before.phase:
+            why = {"code": state.reason.code, "reason": state.reason.message} if state.reason else {}
+            lines.info("migration_phase", phase=state.phase.value, **why)
+
+    def _wanted(self, migration: str, command: Command) -> bool:
+        state = self._book.state(migration)
+        return state is not None and command in outstanding(state)
+
+    def _give(self, state: State, command: Command) -> None:
+        migration = state.request.id
+        match command:
+            case StartTimer():
+                self._stop_timer(migration)
+                loop = asyncio.get_running_loop()
+                self._timers[migration] = loop.call_later(command.seconds, self._fire, migration, command)
+            case StopTimer():
+                self._stop_timer(migration)
+            case CallAgent():
+                self._tasks.create_task(self._call_agent(state, command))
+            case ArmServer():
+                self._tasks.create_task(self._arm_server(state, command))
+            case Decide():
+                self._tasks.create_task(self._decide(state, command))
+            case Place():
+                self._tasks.create_task(self._write("place", migration, self._placing(placement_of(state))))
+            case Unlock():
+                service = state.request.service
+                self._tasks.create_task(
+                    self._write("unlock", migration, lambda: self._registry.unlock(service, migration))
+                )
+
+    def _stop_timer(self, migration: str) -> None:
+        if timer := self._timers.pop(migration, None):
+            timer.cancel()
+
+    def _fire(self, migration: str, command: StartTimer) -> None:
+        self._timers.pop(migration, None)
+        if self._wanted(migration, command):
+            event = ev.TimedOut(id=migration, at_ms=now_ms(), phase=command.phase, attempt=command.attempt)
+            self._tasks.create_task(self._append(event, command))
+
+    async def _call_agent(self, state: State, command: CallAgent) -> None:
+        request = state.request
+        at_source = command.agent == "checkpoint"
+        node = request.source.node if at_source else request.target.node
+        subject = (subjects.checkpoint if at_source else subjects.restore)(node, command.verb)
+        message = AgentRequest(
+            id=request.id,
+            service=request.service,
+            epoch=request.epoch,
+            source=request.source,
+            target=request.target,
+            options=request.options,
+            round=command.round,
+            attempt=command.attempt,
+        )
+
+        async def call() -> None:
+            async with self._node_limits[node]:
+                await self._bus.request(subject, message, Accepted, timeout=CALL_SECONDS)
+
+        await self._insist(state, command, call, CALL_SECONDS)
+
+    async def _arm_server(self, state: State, command: ArmServer) -> None:
+        request = state.request
+        message = ArmRequest(
+            id=request.id,
+            epoch=request.epoch,
+            target=None if command.disarm else request.target.address,
+            options=request.options,
+        )
+
+        async def arm() -> None:
+            subject = subjects.arm(request.service)
+            seconds = DISARM_SECONDS if command.disarm else CALL_SECONDS
+            reply = await self._bus.request(subject, message, ArmReply, timeout=seconds)
+            event: ev.AnyEvent = ev.Disarmed(id=request.id, at_ms=now_ms())
+            if not command.disarm:
+                event = ev.Armed(id=request.id, at_ms=now_ms(), clients=reply.clients)
+            await self._append(event, command)
+
+        # A server that does not listen any more is past being told: do not wait for it.
+        await self._insist(state, command, arm, 0.0 if command.disarm else CALL_SECONDS)
+
+    async def _insist(
+        self,
+        state: State,
+        command: CallAgent | ArmServer,
+        call: Callable[[], Awaitable[None]],
+        seconds: float,
+    ) -> None:
+        """Call until it is taken, refused or no longer wanted; after ``seconds`` say in the log that it failed."""
+        migration, attempt = state.request.id, command.attempt if isinstance(command, CallAgent) else 1
+        deadline = asyncio.get_running_loop().time() + seconds
+        told = False
+        while True:
+            try:
+                await call()
+                return
+            except FerryError as failure:
+                error = _as_unarmed(failure, state) if isinstance(command, ArmServer) else failure
+            if not self._wanted(migration, command):
+                return
+            unheard = error.code in (*_UNHEARD, "server_unarmed")
+            over = asyncio.get_running_loop().time() >= deadline
+            if (over or not unheard) and not told:
+                log.warning("call_failed", id=migration, to=command.name, code=error.code, error=error.message)
+                event = ev.CallFailed(
+                    id=migration, at_ms=now_ms(), to=command.name, attempt=attempt, error=error.body()
+                )
+                await self._append(event, command)
+                told = True
+            if not unheard or (told and (isinstance(command, ArmServer) or state.phase not in _PERSISTENT)):
+                return
+            await asyncio.sleep(CALL_WAIT)
+
+    async def _decide(self, state: State, command: Decide) -> None:
+        decision = _decision(state.request.id, command)
+        after = self._book.last_decision(decision.id)
+
+        async def decide() -> None:
+            await self._log.decide(decision, after=after)
+
+        await self._write(ev.kind(decision), decision.id, decide, command)
+
+    async def _append(self, event: ev.AnyEvent, command: Command) -> None:
+        async def append() -> None:
+            await self._log.append(event)
+
+        await self._write(ev.kind(event), event.id, append, command)
+
+    def _placing(self, placement: Placement) -> Callable[[], Awaitable[None]]:
+        async def place() -> None:
+            known, revision = await self._registry.placement(placement.service)
+            if known is None or known.epoch < placement.epoch:
+                await self._registry.place(placement, revision)
+
+        return place
+
+    async def _write(
+        self,
+        what: str,
+        migration: str,
+        write: Callable[[], Awaitable[None]],
+        command: Command | None = None,
+    ) -> None:
+        """Write to the log or a bucket, again and again while NATS is away and ``command`` is still wanted."""
+        wait = FIRST_WAIT
+        for _ in range(WRITE_TRIES):
+            try:
+                await write()
+                return
+            except FerryError as error:
+                if error.code == "log_conflict" and command is not None:
+                    log.debug("decided_elsewhere", id=migration, what=what)
+                    return
+                log.warning("write_failed", id=migration, what=what, code=error.code, error=error.message)
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, LONGEST_WAIT)
+            if command is not None and not self._wanted(migration, command):
+                return
+        log.error("write_given_up", id=migration, what=what, tries=WRITE_TRIES)
+
+
+def _decision(migration: str, command: Decide) -> ev.Decision:
+    at_ms = now_ms()
+    match command.decision:
+        case "prepared":
+            return ev.Prepared(id=migration, at_ms=at_ms)
+        case "committed":
+            return ev.Committed(id=migration, at_ms=at_ms)
+        case "completed":
+            return ev.Completed(id=migration, at_ms=at_ms, arrived=command.arrived)
+        case "rolled_back" | "failed":
+            kind = ev.RolledBack if command.decision == "rolled_back" else ev.Failed
+            reason = command.reason or FerryError("internal", "The state machine gave no reason.").body()
+            return kind(id=migration, at_ms=at_ms, reason=reason)
+
+
+def _as_unarmed(error: FerryError, state: State) -> FerryError:
+    if error.code != "no_answer":
+        return error
+    return FerryError(
+        "server_unarmed",
+        f"The server of {state.request.service!r} does not answer on NATS.",
+        hint="Is it built on quicferry's serve(), with NATS_URL set, and has it reached NATS?",
+    )
