@@ -42,13 +42,13 @@ def ms(value: float) -> str:
     return f"{value:.1f} ms" if value < 100 and value != int(value) else f"{value:,.0f} ms"
 
 
-def ago(seconds: float) -> str:
-    """How long ago, in one unit."""
+def age(seconds: float) -> str:
+    """A time span in one unit."""
     seconds = max(seconds, 0)
     for limit, unit, name in ((60, 1, "s"), (3600, 60, "min"), (86_400, 3600, "h")):
         if seconds < limit:
-            return f"{seconds // unit:.0f} {name} ago"
-    return f"{seconds // 86_400:.0f} d ago"
+            return f"{seconds // unit:.0f} {name}"
+    return f"{seconds // 86_400:.0f} d"
 
 
 def error_line(error: ErrorBody) -> str:
@@ -173,9 +173,9 @@ def verdict(result: Report) -> str:
         return f"{words} after {ms(result.took_ms)}"
     parts = [f"acks {result.acks}/{result.clients}"]
     if result.interruption_ms is not None:
-        parts.insert(0, f"interruption {ms(result.interruption_ms)}")
+        parts.insert(0, f"interruption {result.interruption_ms:,.0f} ms")
     if result.frozen_ms is not None:
-        parts.append(f"frozen {ms(result.frozen_ms)}")
+        parts.append(f"frozen {result.frozen_ms:,.0f} ms")
     if result.restore_ms is not None:
-        parts.append(f"restore {ms(result.restore_ms)}")
+        parts.append(f"restore {result.restore_ms:,.0f} ms")
     return f"completed in {ms(result.took_ms)}: {', '.join(parts)}"

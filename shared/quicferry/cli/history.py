@@ -107,7 +107,7 @@ def show_replay(out: Output, migration: str, entries: Sequence[Entry], steps: Se
         }
         out.record({"result": result})
         return
-    out.table(("seq", "entry", "phase after", "commands"), _replay_rows(entries, steps), right=(0,), fold=3)
+    out.table(("seq", "entry", "phase after", "commands"), _replay_rows(entries, steps), right=(0,))
     out.line()
     verdict = "every decision is the machine's" if not differences else f"{differences} differ"
     outcome = (last.outcome or f"still {last.phase.value}").replace("_", " ")

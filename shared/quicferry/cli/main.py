@@ -29,7 +29,7 @@ ENVIRONMENT: Final[dict[str, str]] = {
     "QUICFERRY_LOG": "logs as text or json",
     "NO_COLOR": "no colours",
     "SRC_PORT, DST_PORT, NATS_PORT": "up: the ports on the host",
-    "COMPOSE_PROJECT_NAME": "up, down, clean: tells copies of the system apart",
+    "COMPOSE_PROJECT_NAME": "tells copies of the system apart",
     "TARGET_ADDR, TRANSPARENT": "client: the first address; stay connected",
 }
 
@@ -37,8 +37,8 @@ ENVIRONMENT: Final[dict[str, str]] = {
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command line as every other error is reported, and takes no shortened flags."""
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **keywords)
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **keywords})
 
     def error(self, message: str) -> NoReturn:
         raise ExitError(Exit.USAGE, "usage", f"{message[:1].upper()}{message[1:]}.", hint=f"`{self.prog} --help`")
@@ -59,17 +59,17 @@ class Version(argparse.Action):
 def build_parser() -> Parser:
     """The whole command line."""
     variables = [f"  {name:<30}{meaning}" for name, meaning in ENVIRONMENT.items()]
-    common = _common()
     parser = Parser(
         prog="quicferry",
-        parents=[common],
-        description="Moves running QUIC servers between containers while their clients stay connected.",
+        parents=[_common()],
+        description="Moves running QUIC servers between containers; their clients stay connected.",
         epilog="\n".join([exits.epilog(), "", "environment:", *variables]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version")
     parser.set_defaults(json=False, nats=None, context=None, project=None, verbose=0)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    common = _common()  # one of its own: set_defaults has changed the other
     for name in MODULES:
         if importlib.util.find_spec(f"quicferry.cli.{name}"):
             importlib.import_module(f"quicferry.cli.{name}").add_parsers(commands, [common])

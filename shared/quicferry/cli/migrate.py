@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -125,7 +126,7 @@ class Move:
         request = MigrateRequest(
             service=service,
             to=self.args.to,
-            id=self.args.id or f"{service[:48]}-{secrets.token_hex(4)}",
+            id=self.args.id or make_id(service),
             options=options(self.args),
         )
         self.id = request.id
@@ -183,6 +184,11 @@ class Move:
                 self.out.line(f"  what to do: {result.reason.hint}")
             self.out.line(f"  the whole story: quicferry events {result.id}")
         return OUTCOMES[outcome]
+
+
+def make_id(service: str) -> str:
+    """Of the form that the coordinator makes. Made here, the request is known by it even if its answer is lost."""
+    return f"{service[:40]}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
 def options(args: argparse.Namespace) -> Options:

@@ -6,7 +6,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, TextIO
+from typing import Any, Final, Literal, TextIO
 
 import msgspec
 from rich.console import Console
@@ -17,6 +17,11 @@ from quicferry.protocol.errors import FerryError
 
 PIPE_WIDTH: Final = 100_000
 """Nothing is folded in a pipe: one record stays one line."""
+
+GAP: Final = 2
+"""Spaces between two columns."""
+LEAST_WIDTH: Final = 6
+"""A column is not folded to less than this."""
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -33,7 +38,7 @@ class Output:
     """Standard output and standard error of one run.
 
     With ``as_json`` standard output carries JSON only, one object a line, and an error is one object on
-    standard error. NO_COLOR and TERM=dumb are honoured, by rich.
+    standard error. NO_COLOR and TERM=dumb are honoured.
     """
 
     def __init__(self, *, as_json: bool = False, out: TextIO | None = None, err: TextIO | None = None) -> None:
@@ -59,28 +64,23 @@ class Output:
         self.console.file.flush()
 
     def table(
-        self, headings: Sequence[str], rows: Iterable[Row], *, right: Sequence[int] = (), fold: int = -1
+        self, headings: Sequence[str], rows: Iterable[Row], *, right: Sequence[int] = (), keep: int | None = None
     ) -> None:
-        """Columns for a person; silent with ``as_json``.
+        """Columns for a person; silent with ``as_json``. On a terminal what does not fit is folded, never cut.
 
-        ``right`` numbers the columns that are set flush right, ``fold`` the one that gives way when the
-        terminal is narrow; the others are kept whole as long as they fit.
+        ``right`` numbers the columns that are set flush right, ``keep`` the one that is folded last.
         """
         if self.as_json:
             return
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_header=any(headings))
-        for number, heading in enumerate(headings):
-            last = number == fold % len(headings)
-            table.add_column(
-                heading,
-                justify="right" if number in right else "left",
-                overflow="fold",
-                no_wrap=False,
-                ratio=None,
-                min_width=8 if last else None,
-            )
-        for row in rows:
-            table.add_row(*(_text([cell]) for cell in row))
+        filled = [[_text([cell]) for cell in row] for row in rows]
+        columns = [max([len(heading), *(row[n].cell_len for row in filled)]) for n, heading in enumerate(headings)]
+        widths = fit(columns, self.console.width - GAP * (len(headings) - 1), keep)
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim", show_header=any(headings))
+        for number, (heading, width) in enumerate(zip(headings, widths, strict=True)):
+            side: Literal["right", "left"] = "right" if number in right else "left"
+            table.add_column(heading, justify=side, overflow="fold", width=width)
+        for row in filled:
+            table.add_row(*row)
         with self.console.capture() as capture:
             self.console.print(table)
         for text in capture.get().splitlines():
@@ -114,6 +114,18 @@ class Output:
         self.errors.file.flush()
 
 
+def fit(columns: Sequence[int], available: int, keep: int | None = None) -> list[int]:
+    """Widths for columns of these natural widths: the widest give way, the one to ``keep`` last."""
+    widths = list(columns)
+    for last_resort in (False, True):
+        while sum(widths) > available:
+            giving = [n for n, width in enumerate(widths) if width > LEAST_WIDTH and (last_resort or n != keep)]
+            if not giving:
+                break
+            widths[max(giving, key=lambda n: widths[n])] -= 1
+    return widths
+
+
 def printable(text: str) -> str:
     """``text`` with control characters made visible: what others wrote must not drive a terminal."""
     return "".join(c if c.isprintable() else " " if c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
@@ -132,4 +144,6 @@ def _console(file: TextIO) -> Console:
         file.reconfigure(errors="replace")  # a terminal without UTF-8 gets question marks, not a traceback
     plain = not file.isatty()
     width = PIPE_WIDTH if plain and "COLUMNS" not in os.environ else None
-    return Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+    # rich takes NO_COLOR to leave bold and dim; whoever sets it rarely means that.
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(file=file, width=width, color_system=colours, highlight=False, markup=False, emoji=False)

@@ -64,8 +64,12 @@ class Narrator:
         match event:
             case ev.PreDumped() | ev.Dumped() | ev.Restored() | ev.Resumed() | ev.Armed():
                 self._notes.append(describe.details(event))
-            case ev.CallFailed() | ev.CheckpointFailed() | ev.RestoreFailed() | ev.CancelAsked():
-                self._notes.append(describe.details(event))
+            case ev.CallFailed():
+                self._notes.append(f"{event.to} failed: {event.error.code}")
+            case ev.CheckpointFailed() | ev.RestoreFailed():
+                self._notes.append(f"{event.verb} failed: {event.error.code}")
+            case ev.CancelAsked():
+                self._notes.append("called off")
             case ev.TimedOut() if event.phase == self.phase and event.phase != Phase.SETTLING:
                 self._notes.append(f"timeout{' ' + str(event.attempt) if event.attempt > 1 else ''}")
             case ev.SourceReady():

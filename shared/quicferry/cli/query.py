@@ -55,7 +55,7 @@ async def _status(args: argparse.Namespace, request: StatusRequest) -> StatusRep
 def show_status(out: Output, migrations: list[MigrationStatus], now_ms: int) -> None:
     """A table, one migration a row; ``now_ms`` is Unix time."""
     out.table(
-        ("id", "service", "from", "to", "state", "acks", "asked for"),
+        ("id", "service", "from", "to", "state", "acks", "age"),
         (
             (
                 Cell(status.id, "bold"),
@@ -64,11 +64,11 @@ def show_status(out: Output, migrations: list[MigrationStatus], now_ms: int) -> 
                 describe.place(status.target),
                 Cell((status.outcome or status.phase).replace("_", " "), STYLES.get(status.outcome or "", "cyan")),
                 f"{status.acks}/{status.clients}",
-                describe.ago((now_ms - status.requested_ms) / 1000),
+                describe.age((now_ms - status.requested_ms) / 1000),
             )
             for status in migrations
         ),
-        fold=0,
+        keep=0,
     )
 
 
@@ -104,7 +104,7 @@ def show_services(out: Output, reply: ServicesReply, now_ms: int) -> None:
                 for placement in reply.services
             ),
             right=(3,),
-            fold=4,
+            keep=4,
         )
     if reply.berths:
         out.line()
@@ -117,9 +117,9 @@ def show_services(out: Output, reply: ServicesReply, now_ms: int) -> None:
                     describe.address(berth.address),
                     Cell("a server", "bold") if berth.occupied else "nothing",
                     describe.image(berth.image),
-                    describe.ago((now_ms - berth.seen_ms) / 1000),
+                    describe.age((now_ms - berth.seen_ms) / 1000) + " ago",
                 )
                 for berth in reply.berths
             ),
-            fold=0,
+            keep=0,
         )

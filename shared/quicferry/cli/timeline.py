@@ -82,9 +82,9 @@ def show(out: Output, entries: Sequence[Entry]) -> None:
             out.record(moment)
         out.record({"result": result})
         return
-    out.table(HEADINGS, _rows(placed), right=(1, 2), fold=5)
+    out.table(HEADINGS, _rows(placed), right=(1, 2))
     out.line()
-    out.table(("", ""), _figures(placed, result), fold=1)
+    out.table(("", ""), _figures(placed, result))
 
 
 def _rows(placed: Sequence[Moment]) -> Iterator[Row]:
@@ -113,7 +113,7 @@ def _figures(placed: Sequence[Moment], result: Report) -> Iterator[Row]:
             yield "what to do", result.reason.hint
     critical = [moment for moment in placed if moment.critical]
     if critical:
-        yield Cell("┃ still", "magenta"), _still(critical)
+        yield Cell("┃ standstill", "magenta"), _still(critical)
     if result.frozen_ms is not None:
         parts = [f"frozen {describe.ms(result.frozen_ms)}"]
         if result.restore_ms is not None:
@@ -137,5 +137,5 @@ def _still(critical: Sequence[Moment]) -> str:
         if name := marks.get(type(moment.event)):
             parts.append(f"{name} {max(moment.offset_ms - since, 0)}")
             since = moment.offset_ms
-    of = f": {', '.join(parts)}" if parts else ""
-    return f"{describe.ms(critical[-1].offset_ms - start)} from freeze to resume{of}"
+    of = f" = {' + '.join(parts)}" if parts else ""
+    return f"{describe.ms(critical[-1].offset_ms - start)}{of}"
