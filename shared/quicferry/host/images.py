@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
+import structlog
 
 from quicferry.protocol.errors import FerryError
 from quicferry.protocol.wire import Name
+
+log = structlog.get_logger(__name__)
 
 DEFAULT_ROOT: Final = Path("/var/lib/quicferry/images")
 HEADROOM: Final = 1.25
@@ -119,6 +122,21 @@ class Images:
         """Delete this side's work directory only. Safe to repeat."""
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.work)
+
+
+def check_root(root: Path) -> Path:
+    """See that images can be kept at ``root``, and warn if that is a disk. Raises FerryError ``machine_unfit``."""
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise FerryError(
+            "machine_unfit",
+            f"Images can't be kept at {root}: {error.strerror}.",
+            hint="Mount a tmpfs there, shared by both agents, or set QUICFERRY_IMAGES.",
+        ) from None
+    if not on_tmpfs(root):
+        log.warning("images_on_disk", path=str(root), hint="They hold TLS keys, and a disk is slower: mount a tmpfs.")
+    return root
 
 
 def boot_id() -> str:

@@ -11,6 +11,7 @@ import structlog
 from podman import PodmanClient
 from podman.errors import NotFound, PodmanError
 
+from quicferry.host import processes
 from quicferry.host.berths import LABEL_BERTH, BerthFacts, facts
 from quicferry.protocol.errors import FerryError
 
@@ -64,6 +65,26 @@ class Podman:
                     log.warning("berth_malformed", container=row["Id"][:12], error=error.message, hint=error.hint)
                 self._malformed.add(row["Id"])
         return sorted(found, key=lambda berth: berth.name)
+
+    async def visible_berths(self) -> list[BerthFacts]:
+        """As :meth:`berths`, and each is seen to be in our PID namespace's sight.
+
+        Raises FerryError ``host_pid_namespace`` if one is not, ``podman_unreachable``.
+        """
+        found: list[BerthFacts] = []
+        for berth in await self.berths():
+            try:
+                processes.check_host_pids(berth.init_pid, berth.container)
+            except FerryError:
+                try:
+                    berth = await self.inspect(berth.container)
+                except FerryError as error:
+                    if error.code == "berth_gone":  # it has ended since podman listed it
+                        continue
+                    raise
+                processes.check_host_pids(berth.init_pid, berth.container)
+            found.append(berth)
+        return found
 
     async def berth(self, name: str) -> BerthFacts:
         """Everything about the running berth ``name``.

@@ -84,7 +84,7 @@ def occupant(init_pid: int) -> Process | None:
 
     Raises FerryError ``berth_gone`` if the berth's init has exited.
     """
-    if not os.path.exists(f"/proc/{init_pid}"):
+    if not exists(init_pid):
         raise FerryError(
             "berth_gone", f"The berth's init (PID {init_pid}) has exited.", hint="Start the berth again."
         )
@@ -117,6 +117,11 @@ def berth_pid_taken(init_pid: int, number: int) -> bool:
                 if _namespace_pids(f"/proc/{pid}/task/{task}/status")[-1] == number:
                     return True
     return False
+
+
+def exists(pid: int) -> bool:
+    """Whether there is such a process, a zombie too."""
+    return os.path.exists(f"/proc/{pid}")
 
 
 def check_host_pids(init_pid: int, container: str) -> None:

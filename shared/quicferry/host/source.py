@@ -171,6 +171,14 @@ class Source:
         self._log.info("source_back")
         return events.SourceBack(id=self._request.id, at_ms=now_ms())
 
+    async def shut_down(self) -> None:
+        """The agent stops. Nothing can be committed before the dump is reported, so until then the source gets
+        its socket back; afterwards only the log decides, and the source stays mute."""
+        if self._told and not self._dumped_at:
+            await self.abort()
+        else:
+            await self.close()
+
     async def close(self) -> None:
         """Let go of everything; a frozen source is thawed, but stays mute. Safe to repeat."""
         if self._criu is not None:

@@ -1,0 +1,79 @@
+"""The checkpoint agent's verbs, carried out on one Source for each migration."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from quicferry.bus.agent import Step
+from quicferry.host.podman import Podman
+from quicferry.host.source import Source
+from quicferry.protocol.agents import AgentRequest
+from quicferry.protocol.api import Berth
+from quicferry.protocol.errors import FerryError
+from quicferry.protocol.events import AnyEvent
+
+Events = AsyncGenerator[AnyEvent, None]
+
+
+class CheckpointSteps:
+    """What one checkpoint agent has under way."""
+
+    def __init__(self, podman: Podman, images: Path, node: str) -> None:
+        self._podman = podman
+        self._images = images
+        self._node = node
+        self._sources: dict[str, Source] = {}
+
+    def all(self) -> dict[str, Step]:
+        return {
+            "prepare": self.prepare,
+            "pre_dump": self.pre_dump,
+            "dump": self.dump,
+            "release": self.release,
+            "abort": self.abort,
+        }
+
+    async def prepare(self, request: AgentRequest) -> Events:
+        source = Source(self._podman, self._images, request)
+        try:
+            yield await source.prepare()
+        except BaseException:
+            await source.close()
+            raise
+        self._sources[request.id] = source
+
+    async def pre_dump(self, request: AgentRequest) -> Events:
+        yield await self._source(request).pre_dump(request.round)
+
+    async def dump(self, request: AgentRequest) -> Events:
+        source = self._source(request)
+        yield await source.hold()
+        yield await source.dump()
+
+    async def release(self, request: AgentRequest) -> Events:
+        yield await self._source(request).release()
+        self._sources.pop(request.id, None)
+
+    async def abort(self, request: AgentRequest) -> Events:
+        yield await self._source(request).abort()
+        self._sources.pop(request.id, None)
+
+    async def berths(self) -> list[Berth]:
+        """The node's berths. Raises FerryError ``podman_unreachable``, ``host_pid_namespace``."""
+        found: list[Berth] = []
+        for facts in await self._podman.visible_berths():
+            with contextlib.suppress(FerryError):  # it has ended meanwhile
+                found.append(facts.record(self._node))
+        return found
+
+    async def close(self) -> None:
+        """Let go of everything: what can't be committed yet is thawed and served on, the rest stays mute."""
+        for source in self._sources.values():
+            await source.shut_down()
+        self._sources.clear()
+
+    def _source(self, request: AgentRequest) -> Source:
+        # After a restart of the agent there is none: a fresh one can still release and abort.
+        return self._sources.get(request.id) or Source(self._podman, self._images, request)

@@ -1,0 +1,238 @@
+"""What both agents have in common: verbs over NATS, each step a task, what came of it in the event log.
+
+A request is accepted at once. Its step then runs as a task and yields events, which are published in order
+without holding the step up. Repeats are harmless: a step that runs is not started again, one that is done
+publishes its events again, one that failed runs again for a later attempt only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from typing import Final, Literal
+
+import structlog
+
+from quicferry.bus.connection import Bus
+from quicferry.bus.endpoints import Endpoint, serve
+from quicferry.bus.log import EventLog
+from quicferry.bus.registry import Registry
+from quicferry.bus.settings import NatsSettings
+from quicferry.protocol import subjects
+from quicferry.protocol.agents import Accepted, AgentRequest
+from quicferry.protocol.api import Berth
+from quicferry.protocol.errors import FerryError
+from quicferry.protocol.events import AnyEvent, CheckpointFailed, RestoreFailed, kind
+
+log = structlog.get_logger(__name__)
+
+Step = Callable[[AgentRequest], AsyncGenerator[AnyEvent, None]]
+
+BERTH_INTERVAL: Final = 2.0
+"""Seconds between two looks at the berths when nothing happens."""
+MAX_RUNS: Final = 512
+"""Steps remembered, so that their repeats are recognised."""
+MAX_UNPUBLISHED: Final = 256
+"""Events waiting for NATS; a step waits when there are more."""
+STOP_SECONDS: Final = 1.2
+"""For steps and events under way when the agent is stopped; below what a service is given to stop."""
+
+Key = tuple[str, str, int]
+
+
+class _Run:
+    """One step of one migration."""
+
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
+        self.events: list[AnyEvent] = []
+        self.failed = False
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.task is not None and not self.task.done()
+
+
+class Agent:
+    """The checkpoint or the restore agent of one node.
+
+    ``steps``: one for each of the role's verbs. ``abort`` cancels what runs of the same migration, every other
+    step waits for it. ``berths``: what to report to the registry; ``close``: let go of everything at the end.
+    """
+
+    def __init__(
+        self,
+        role: Literal["checkpoint", "restore"],
+        node: str,
+        steps: Mapping[str, Step],
+        *,
+        close: Callable[[], Awaitable[None]],
+        berths: Callable[[], Awaitable[list[Berth]]] | None = None,
+    ) -> None:
+        verbs = subjects.CHECKPOINT_VERBS if role == "checkpoint" else subjects.RESTORE_VERBS
+        if set(steps) != set(verbs):
+            raise ValueError(f"a {role} agent needs steps for {', '.join(verbs)}")
+        self._role = role
+        self._node = node
+        self._steps = steps
+        self._close = close
+        self._berths = berths
+        self._runs: dict[Key, _Run] = {}
+        self._unpublished: asyncio.Queue[AnyEvent] = asyncio.Queue(MAX_UNPUBLISHED)
+        self._look = asyncio.Event()
+        self._ready = asyncio.Event()
+
+    async def ready(self) -> None:
+        """Until requests are answered. Bound it with asyncio.timeout."""
+        await self._ready.wait()
+
+    async def run(self, settings: NatsSettings) -> None:
+        """Serve until cancelled; waits for NATS as long as it takes."""
+        try:
+            async with Bus.connect(f"quicferry-{self._role}-agent", settings, wait=True) as bus:
+                event_log = await EventLog.open(bus)
+                registry = await Registry.open(bus) if self._berths else None
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._publish(event_log), name="publish")
+                    if registry is not None:
+                        group.create_task(self._report(registry), name="report")
+                    async with self._served(bus):
+                        log.info("agent_ready", role=self._role, node=self._node)
+                        self._ready.set()
+                        try:
+                            await asyncio.Event().wait()
+                        finally:
+                            await self._finish()
+        finally:
+            await self._cancel(list(self._runs.values()))
+            await self._close()
+
+    def accept(self, verb: str, request: AgentRequest) -> Accepted:
+        """Start the step, or recognise the repeat."""
+        key = (request.id, verb, request.round)
+        known = self._runs.get(key)
+        if known is None or (known.failed and request.attempt > known.attempt and not known.running):
+            self._start(key, request)
+        elif not known.running:
+            for event in known.events:
+                self._offer(event)
+        return Accepted(id=request.id)
+
+    def _start(self, key: Key, request: AgentRequest) -> None:
+        migration, verb, _ = key
+        before = [run for (other, _, _), run in self._runs.items() if other == migration and run.running]
+        run = _Run(request.attempt)
+        run.task = asyncio.create_task(self._carry_out(run, before, verb, request), name=f"{verb} {migration}")
+        self._runs.pop(key, None)
+        self._runs[key] = run
+        for old in [old for old, other in self._runs.items() if not other.running][:-MAX_RUNS]:
+            del self._runs[old]
+
+    async def _carry_out(self, run: _Run, before: list[_Run], verb: str, request: AgentRequest) -> None:
+        start = time.monotonic()
+        bound = log.bind(migration=request.id, verb=verb, attempt=request.attempt)
+        try:
+            if verb == "abort":
+                await self._cancel(before)
+            else:
+                await asyncio.gather(*(other.task for other in before if other.task), return_exceptions=True)
+            async with contextlib.aclosing(self._steps[verb](request)) as happened:
+                async for event in happened:
+                    await self._keep(run, event)
+        except FerryError as error:
+            bound.warning("step_failed", code=error.code, error=error.message, hint=error.hint)
+            await self._keep(run, self._failure(verb, request, error), failed=True)
+        except Exception:  # noqa: BLE001 - a defect of ours: the migration must learn of it, the agent must live on
+            bound.exception("step_failed", code="internal")
+            defect = FerryError(
+                "internal", f"The {self._role} agent failed at {verb}.", hint="Its log has the details."
+            )
+            await self._keep(run, self._failure(verb, request, defect), failed=True)
+        else:
+            bound.debug("step_done", took_ms=round((time.monotonic() - start) * 1e3, 1))
+        finally:
+            self._look.set()
+
+    def _failure(self, verb: str, request: AgentRequest, error: FerryError) -> AnyEvent:
+        failed = CheckpointFailed if self._role == "checkpoint" else RestoreFailed
+        now = time.time_ns() // 1_000_000
+        return failed(id=request.id, at_ms=now, verb=verb, attempt=request.attempt, error=error.body())
+
+    async def _keep(self, run: _Run, event: AnyEvent, *, failed: bool = False) -> None:
+        run.failed = failed
+        run.events.append(event)
+        await self._unpublished.put(event)
+
+    def _offer(self, event: AnyEvent) -> None:
+        # When the queue is full, NATS is away; the next repeat will do.
+        with contextlib.suppress(asyncio.QueueFull):
+            self._unpublished.put_nowait(event)
+
+    async def _publish(self, event_log: EventLog) -> None:
+        while True:
+            event = await self._unpublished.get()
+            try:
+                await event_log.append(event)
+            except FerryError as error:
+                # Not kept for ever: the coordinator repeats the request, and the repeat publishes again.
+                log.error("event_unpublished", migration=event.id, kind=kind(event), error=str(error))
+            finally:
+                self._unpublished.task_done()
+
+    async def _report(self, registry: Registry) -> None:
+        said = ""
+        while self._berths is not None:
+            self._look.clear()
+            problem = ""
+            try:
+                for berth in await self._berths():
+                    await registry.put_berth(berth)
+            except FerryError as error:
+                problem = str(error)
+                if problem != said:
+                    log.warning("berths_unknown", code=error.code, error=error.message, hint=error.hint)
+            said = problem
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BERTH_INTERVAL):
+                    await self._look.wait()
+
+    @contextlib.asynccontextmanager
+    async def _served(self, bus: Bus) -> AsyncIterator[None]:
+        subject_of = subjects.checkpoint if self._role == "checkpoint" else subjects.restore
+        endpoints = [
+            Endpoint(verb, subject_of(self._node, verb), AgentRequest, self._handler(verb)) for verb in self._steps
+        ]
+        async with serve(
+            bus,
+            name=f"quicferry-{self._role}-agent",
+            description=f"quicferry: the {self._role} side of migrations on node {self._node}",
+            endpoints=endpoints,
+            metadata={"node": self._node},
+        ):
+            yield
+
+    def _handler(self, verb: str) -> Callable[[AgentRequest], Awaitable[Accepted]]:
+        async def handle(request: AgentRequest) -> Accepted:
+            return self.accept(verb, request)
+
+        return handle
+
+    async def _finish(self) -> None:
+        """Give running steps and unpublished events a moment, then cancel the rest."""
+        running = [run.task for run in self._runs.values() if run.task is not None and run.running]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS / 2):
+                await asyncio.gather(*running, return_exceptions=True)
+        await self._cancel(list(self._runs.values()))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS / 2):
+                await self._unpublished.join()
+
+    async def _cancel(self, runs: list[_Run]) -> None:
+        tasks = [run.task for run in runs if run.task is not None and run.running]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
