@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+pytest_plugins = ["tests.ci"]
+
 START_SECONDS = 10.0
 
 
