@@ -24,7 +24,7 @@ from quicferry.quic.addresses import Peer, normalised, shown
 from quicferry.quic.follower import Follower, QuiesceHook
 from quicferry.quic.migration import Migration
 from quicferry.quic.policy import Policy
-from quicferry.quic.qlog import Traces
+from quicferry.quic.qlog import SETTLE, Traces
 from quicferry.quic.swappable import FAKE_PEER, SwappablePeer, open_client_socket
 
 log = structlog.get_logger(__name__)
@@ -157,6 +157,18 @@ class Connection:
     def close_reason(self) -> str:
         """Why the connection ended, in the words of whoever ended it."""
         return self._wire.close_reason
+
+    @property
+    def odcid(self) -> str:
+        """The connection's original destination id, hexadecimal: a rebuilt connection has another one."""
+        return self.traces.all[-1].windows.odcid
+
+    def windows_around(self, migration: Migration) -> tuple[int, int]:
+        """Congestion window in bytes before a move's pause, and the smallest one from there to a second after it."""
+        windows = self.traces.all[-1].windows
+        before = windows.before(migration.last_before)
+        until = (migration.first_after or migration.last_before) + SETTLE
+        return before, windows.lowest(migration.last_before, until)
 
     def report_interruption(self, interruption_ms: float, migration: Migration | None = None) -> None:
         """Tell the server how long the application was without data in a move, the newest by default.
@@ -295,4 +307,6 @@ async def _resolve(host: str, port: int, timeout: float) -> Peer:
             found: list[Any] = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
     except (OSError, TimeoutError, UnicodeError) as error:
         raise FerryError("connect_failed", f"The host {host!r} was not found: {error or 'timeout'}.") from None
+    # IPv4 first: published ports of containers often listen on nothing else.
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
     return normalised(found[0][4])

@@ -93,15 +93,12 @@ class Outbox:
             log.exception("herald_resume_failed")
         self._may_run.set()
 
-    async def stop(self, *, flush: float) -> None:
-        """Publish what waits within ``flush`` seconds, then end."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(flush):
-                await self._empty.wait()
-        for task in (self._current, self._task):
+    async def stop(self) -> None:
+        """End; what still waits is lost."""
+        for task in (self._task, self._current):
             if task is not None:
                 task.cancel()
-                await asyncio.wait([task], timeout=flush)
+                await asyncio.wait([task])
 
     async def _run(self) -> None:
         while True:

@@ -22,6 +22,8 @@ class Migration:
         self.epoch = epoch
         self.seen_at = time.monotonic()
         """When ``migrate`` was heard, monotonic seconds."""
+        self.ended_at: float | None = None
+        """When the move had its outcome, monotonic seconds."""
         self.last_before: float = 0.0
         """When the old server was last heard, Unix seconds; 0 until the move has ended."""
         self.first_after: float = 0.0
@@ -30,6 +32,12 @@ class Migration:
         """From the old server's last fresh packet to the target's first; idle time counts as well."""
         self.outcome: Outcome | None = None
         self._ended = asyncio.Event()
+
+    @property
+    def target_shown(self) -> str:
+        """The target's address for a person."""
+        host = self.target.host
+        return f"[{host}]:{self.target.port}" if ":" in host else f"{host}:{self.target.port}"
 
     async def arrived(self, timeout: float | None = None) -> Outcome:
         """Wait for the move's end and say which. Raises TimeoutError after ``timeout`` seconds."""
@@ -42,4 +50,5 @@ class Migration:
         """For the wrapper: the move is over."""
         if self.outcome is None:
             self.outcome = outcome
+            self.ended_at = time.monotonic()
             self._ended.set()

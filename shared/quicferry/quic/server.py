@@ -22,7 +22,7 @@ from quicferry.quic.adapter import Stream
 from quicferry.quic.addresses import shown
 from quicferry.quic.herald import Herald, Outbox, SilentHerald
 from quicferry.quic.migratable import MigratableUDP
-from quicferry.quic.mover import Mover, QuiesceHook, ResumeHook
+from quicferry.quic.mover import CLOSE_TIME, FLUSH_TIME, Mover, QuiesceHook, ResumeHook
 from quicferry.quic.served import ServedConnection
 
 log = structlog.get_logger(__name__)
@@ -35,7 +35,7 @@ MAX_CONNECTIONS: Final = 4096
 MAX_STREAMS: Final = 1024
 """Application streams at once of one connection."""
 LEAVE_TIME: Final = 2.0
-"""Seconds a stream's handler may go on after its connection ended, and events after the server stopped."""
+"""Seconds a stream's handler may go on after its connection ended or the server stopped."""
 REFUSED: Final = 2
 """CONNECTION_REFUSED (RFC 9000, 20.1), as an application code."""
 
@@ -126,7 +126,8 @@ class MigratableServer:
         if tasks:
             await asyncio.wait(tasks, timeout=LEAVE_TIME)
         self._listener.close()
-        await self._outbox.stop(flush=LEAVE_TIME)
+        await self._outbox.suspend(flush=FLUSH_TIME, close=CLOSE_TIME)
+        await self._outbox.stop()
         log.info("stopped")
 
     # What an application or its wiring may ask.
