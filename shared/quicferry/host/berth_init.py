@@ -65,10 +65,11 @@ class _CloneArgs(ctypes.Structure):
 
 def log(event: str, **fields: object) -> None:
     """One line in the services' own form: time, event, fields."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
-    text = " ".join(f"{name}={value}" for name, value in fields.items())
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    now = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds // 1_000:06}Z"
+    text = " ".join([event, *(f"{name}={value}" for name, value in fields.items())])
     with contextlib.suppress(OSError):  # the reader of our log may be gone; the server matters more
-        print(f"{now}Z [info     ] {event:<24} {text}".rstrip(), flush=True)
+        print(f"{now} [info     ] {text}", flush=True)
 
 
 def _fork_at(pid: int) -> int:
