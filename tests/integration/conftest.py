@@ -1,4 +1,4 @@
-"""Fixtures over a real nats-server: connections, the log and the registry."""
+"""Fixtures over a real nats-server: connections, log, registry, a scripted node and a coordinator."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
 from quicferry.bus.settings import NatsSettings
 from tests.conftest import NatsServer
+from tests.integration.scripted import Node, coordinating
 
 
 @pytest_asyncio.fixture
@@ -27,3 +28,18 @@ async def event_log(bus: Bus) -> EventLog:
 @pytest_asyncio.fixture
 async def registry(bus: Bus) -> Registry:
     return await Registry.open(bus)
+
+
+@pytest_asyncio.fixture
+async def node(bus: Bus, event_log: EventLog, registry: Registry) -> AsyncIterator[Node]:
+    """Agents and a server that follow a script."""
+    async with Node(bus, event_log, registry).serving() as serving:
+        yield serving
+
+
+@pytest_asyncio.fixture
+async def coordinator(nats_server: NatsServer, node: Node) -> AsyncIterator[None]:
+    """One coordinator, the real one."""
+    del node  # first, so that berths are there
+    async with coordinating(nats_server):
+        yield

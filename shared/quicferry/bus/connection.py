@@ -147,7 +147,7 @@ class Bus:
         with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
                 if self.nats.is_connected:
-                    await self.nats.flush()
+                    await self.sync()
         with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self.nats.close()
@@ -208,8 +208,14 @@ class Bus:
     # What the rest of the package and its users do.
 
     def subscription_denied(self, subject: str) -> bool:
-        """Whether the server refused a subscription to ``subject``; certain only after a flush."""
+        """Whether the server refused a subscription to ``subject``; certain only after :meth:`sync`."""
         return subject.lower() in self._denied_subscriptions
+
+    async def sync(self) -> None:
+        """Return when the server has taken all that was sent before: subscriptions count, refusals are known."""
+        # nats-py writes the ping of a flush past what is still buffered; the second one comes behind it.
+        await self.nats.flush(timeout=3)
+        await self.nats.flush(timeout=3)
 
     async def ready(self) -> None:
         """Wait until connected. Raises FerryError ``nats_unreachable`` if that will not be any more."""
@@ -280,7 +286,7 @@ class Bus:
         """Publish and make sure that the server took it. Raises the FerryErrors of :meth:`within`."""
         async with self.within(2.0, subject, f"publishing on {subject}"):
             await self.nats.publish(subject, wire.encode(message))
-            await self.nats.flush(timeout=3)  # a refusal comes before the pong
+            await self.sync()
 
 
 class _Watch:

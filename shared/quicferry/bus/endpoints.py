@@ -77,7 +77,7 @@ async def serve(
                 name=endpoint.name, subject=endpoint.subject, handler=_handler(endpoint, refused), metadata={}
             )
         async with bus.within(5.0, "", f"starting the service {name}"):
-            await bus.nats.flush()
+            await bus.sync()
         for endpoint in endpoints:
             if bus.subscription_denied(endpoint.subject):
                 raise FerryError(
