@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from quicferry.host import machine
@@ -115,6 +117,24 @@ def build(project: Path, *, say: Say = _quiet, force: bool = False) -> bool:
             f"{project} is not quicferry's folder: containers/Containerfile is not there.",
             hint="Run this inside a checkout, or name one with --project.",
         )
+    with _alone(project):
+        if not force and built_inputs() == wanted:  # another process built it while we waited
+            return False
+        _build(project, base, wanted, say)
+    return True
+
+
+@contextlib.contextmanager
+def _alone(project: Path) -> Iterator[None]:
+    """One build at a time in a folder; waits for the other, whose own steps all have time limits (flock(2))."""
+    folder = project / ".cache"
+    folder.mkdir(exist_ok=True)
+    with (folder / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(project: Path, base: str, wanted: str, say: Say) -> None:
     _ensure_base(project, base, say)
     wheels, wheels_hash = _wheels(project, say)
     say("building the image")
@@ -142,7 +162,6 @@ def build(project: Path, *, say: Say = _quiet, force: bool = False) -> bool:
             env=machine.environment(project),
         )
     _drop_superseded()
-    return True
 
 
 def _ensure_base(project: Path, base: str, say: Say) -> None:
