@@ -229,6 +229,12 @@ def test_the_project_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         project.directory(parse("up", "--project", str(other)))
 
 
+def test_the_client_s_own_help() -> None:
+    done = run("client", "--project", str(ROOT), "--", "--help")
+    assert done.returncode == 0
+    assert "usage: car_client" in done.stdout
+
+
 def test_what_the_client_is_started_with(tmp_path: Path) -> None:
     args = parse("client", "--json", "--", "--interval-ms", "5", "--help")
     command, environment = client.command_line(
@@ -236,4 +242,4 @@ def test_what_the_client_is_started_with(tmp_path: Path) -> None:
     )
     assert command[:3] == [sys.executable, "-m", "services.car_client"]
     assert command[3:] == ["--cafile", "/ca.pem", "--json", "--interval-ms", "5", "--help"]
-    assert environment == {"A": "b", "TARGET_ADDR": "[::1]:14243", "PYTHONPATH": f"{tmp_path}:/x"}
+    assert environment == {"A": "b", "TRANSPARENT": "1", "TARGET_ADDR": "[::1]:14243", "PYTHONPATH": f"{tmp_path}:/x"}

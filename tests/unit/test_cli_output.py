@@ -173,8 +173,14 @@ SERVICES = ServicesReply(
         for place in (A, B)
     ],
 )
+
+
+def timed(log: list[ev.AnyEvent]) -> Callable[[Output], None]:
+    return lambda out: show(out, entries(log))
+
+
 SCREENS: dict[str, Callable[[Output], None]] = {
-    **{f"events {name}": lambda out, log=log: show(out, entries(log())) for name, log in LOGS.items()},
+    **{f"events {name}": timed(log()) for name, log in LOGS.items()},
     **{f"replay {name}": replayed(log()) for name, log in LOGS.items()},
     **{f"migrate {name}": narrated(log()) for name, log in LOGS.items()},
     "status": lambda out: show_status(out, STATUS, 90_000),
@@ -278,7 +284,7 @@ def test_json_is_one_object_a_line_and_ends_with_the_result() -> None:
 def test_what_others_wrote_does_not_drive_the_terminal() -> None:
     evil = ErrorBody(code="criu_failed", message="\x1b]0;pwned\x07\x1b[2J[bold]x[/bold] :boom:\r\nsecond")
     log = [*until_dumped()[:-1], at(480, ev.CheckpointFailed, verb="dump", attempt=1, error=evil)]
-    text = "\n".join(printed(lambda out: show(out, entries(log))))
+    text = "\n".join(printed(timed(log)))
     assert not {"\x1b", "\x07", "\r"} & set(text)
     assert "[bold]" in text
 

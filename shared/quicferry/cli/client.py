@@ -39,12 +39,20 @@ def run_client(args: argparse.Namespace, out: Output) -> int:
         raise FerryError(
             "bad_settings", f"{directory} has no services/car_client.", hint="Name a whole checkout with --project."
         )
+    if {"-h", "--help"} & set(args.passed):
+        os.execve(*_exec(args, directory, "", ""))  # noqa: S606 - an argument list, and no shell
     target = os.environ.get(TARGET) or describe.address(asyncio.run(_placement(args)).place.address)
     cafile = args.cafile or os.environ.get(CA) or find_cafile(directory)
-    command, environment = command_line(args, directory, target, cafile, os.environ)
     out.note(f"pinging {target}")
+    os.execve(*_exec(args, directory, target, cafile))  # noqa: S606 - an argument list, and no shell
+
+
+def _exec(
+    args: argparse.Namespace, directory: Path, target: str, cafile: str
+) -> tuple[str, list[str], dict[str, str]]:
     sys.stdout.flush()
-    os.execve(command[0], command, environment)  # noqa: S606 - an argument list, and no shell
+    command, environment = command_line(args, directory, target, cafile, os.environ)
+    return command[0], command, environment
 
 
 async def _placement(args: argparse.Namespace) -> Placement:
@@ -60,7 +68,13 @@ def command_line(
     if args.json:
         command.append("--json")
     path = [str(directory), *filter(None, [base.get("PYTHONPATH")])]
-    return [*command, *args.passed], {**base, TARGET: target, "PYTHONPATH": os.pathsep.join(path)}
+    stay = base.get("TRANSPARENT") or "1"
+    return [*command, *args.passed], {
+        **base,
+        "TRANSPARENT": stay,
+        TARGET: target,
+        "PYTHONPATH": os.pathsep.join(path),
+    }
 
 
 def find_cafile(directory: Path) -> str:

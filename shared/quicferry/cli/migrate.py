@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from quicferry.cli import arguments, describe, session
 from quicferry.cli.exits import OUTCOMES, Exit, ExitError
@@ -236,7 +236,7 @@ def _progress(out: Output) -> Iterator[_Shows]:
     if not out.live:
         yield _Nothing()
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description:<11} {task.elapsed:7.1f} s"))
     with Progress(*columns, console=out.console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
         yield _Spinner(bar)
 
