@@ -7,10 +7,11 @@ A context is a JSON file that the ``nats`` command line keeps in ``~/.config/nat
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from pathlib import Path
 from typing import Annotated, Any, Final
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -19,6 +20,7 @@ from quicferry.protocol.errors import FerryError
 DEFAULT_URL: Final = "nats://127.0.0.1:4222"
 SCHEMES: Final = ("nats", "tls", "ws", "wss")
 
+_SECRET = re.compile(r"//[^/@]*@")
 _CONTEXT_NAME = Annotated[str, msgspec.Meta(pattern=r"^[^/\\\0]{1,255}$")]
 
 
@@ -189,10 +191,10 @@ def _servers(urls: str, origin: str) -> list[str]:
     servers = [url.strip() for url in urls.split(",") if url.strip()]
     full = [server if "://" in server else f"nats://{server}" for server in servers]
     for server in full:
-        parts = urlsplit(server)
         try:
+            parts = urlsplit(server)
             fit = parts.scheme in SCHEMES and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # a port that is no number
+        except ValueError:  # a port that is no number, a bracket left open
             fit = False
         if not fit:
             raise FerryError(
@@ -206,8 +208,7 @@ def _servers(urls: str, origin: str) -> list[str]:
 
 
 def _without_secret(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return _SECRET.sub("//", url)
 
 
 def _config_home() -> Path:

@@ -46,7 +46,7 @@ class MigrateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Asks for one migration. The same ``id`` twice is one migration."""
 
     service: Name
-    to: Annotated[str, msgspec.Meta(pattern=r"^([A-Za-z0-9_-]{1,64}/)?[A-Za-z0-9_-]{1,64}$")] | None = None
+    to: Annotated[str, msgspec.Meta(pattern=r"^([A-Za-z0-9_-]{1,64}/)?[A-Za-z0-9_-]{1,64}$(?!\n)")] | None = None
     """``berth`` or ``node/berth``; an empty berth of the service is chosen when not given."""
     id: Name | None = None
     options: Options = Options()

@@ -14,8 +14,11 @@ SCHEMA_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 256 * 1024
 """NATS messages larger than this are refused unread."""
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-"""A service, node, berth, client or migration id: one NATS subject token."""
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
+"""A service, node, berth, client or migration id: one NATS subject token.
+
+The lookahead is for Python, where ``$`` also matches before a final newline.
+"""
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Millis = Annotated[int, msgspec.Meta(ge=0, le=3_600_000)]
 """A duration on the wire, in milliseconds."""
