@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,14 +15,19 @@ from typing import Any, NamedTuple
 
 import pytest
 import pytest_asyncio
+from msgspec.structs import replace
 
 from quicferry.bus.log import EventLog
+from quicferry.bus.registry import Registry
 from quicferry.cli import logfile
 from quicferry.cli.exits import Exit
 from quicferry.protocol import events as ev
+from quicferry.protocol.api import Address
 from tests.conftest import NatsServer
-from tests.integration.scripted import BROKEN, Behaviour, Node, now_ms
+from tests.integration.scripted import BROKEN, Behaviour, Node, berth, now_ms
 from tests.unit.test_cli_output import ID, at, completed, rolled_back
+
+ROOT = Path(__file__).parents[2]
 
 
 class Done(NamedTuple):
@@ -266,6 +272,37 @@ async def test_services(command: Command) -> None:
     [record] = as_json.records
     assert record["services"][0]["place"]["berth"] == "a"
     assert [berth["occupied"] for berth in record["berths"]] == [True, False]
+
+
+@pytest.mark.usefixtures("coordinator")
+async def test_the_client_finds_the_server(command: Command, registry: Registry, node: Node, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **command.environment,
+        "QUICFERRY_CERT": str(tmp_path / "cert.pem"),
+        "QUICFERRY_KEY": str(tmp_path / "key.pem"),
+        "QUICFERRY_HOST": "127.0.0.1",
+        "QUICFERRY_PORT": str(port),
+    }
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.echo_server", env=environment, stderr=asyncio.subprocess.PIPE, cwd=ROOT
+    )
+    assert server.stderr is not None
+    try:
+        async with asyncio.timeout(20):
+            while b"serving" not in await server.stderr.readline():
+                assert server.returncode is None
+        here = berth("a", occupied=True)
+        await registry.put_berth(replace(here, address=Address(host="127.0.0.1", port=port)))
+        done = await command("client", "--json", "--cafile", str(tmp_path / "cert.pem"), "--", "--count", "5")
+    finally:
+        server.terminate()
+        await server.communicate()
+    assert done.code == 0, done.err
+    assert (done.records[0]["event"], done.records[-1]["event"]) == ("connected", "summary")
+    assert (done.records[-1]["echoes_sent"], done.records[-1]["handshakes"]) == (5, 1)
 
 
 # Nobody there.

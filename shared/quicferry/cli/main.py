@@ -69,10 +69,10 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action=Version, nargs=0, help="print the version")
     parser.set_defaults(json=False, nats=None, context=None, project=None, verbose=0)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    common = _common()  # one of its own: set_defaults has changed the other
     for name in MODULES:
         if importlib.util.find_spec(f"quicferry.cli.{name}"):
-            importlib.import_module(f"quicferry.cli.{name}").add_parsers(commands, [common])
+            # Flags of their own: argparse shares a parent's, and what one parser changes would change in all.
+            importlib.import_module(f"quicferry.cli.{name}").add_parsers(commands, [_common()])
     return parser
 
 
@@ -98,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(given)
         verbose = args.verbose
+        out.as_json = args.json is True  # demo's names a file
         _log(verbose)
         code = int(args.run(args, out))
         sys.stdout.flush()
