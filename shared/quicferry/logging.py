@@ -44,7 +44,8 @@ def configure(service: str = "") -> None:
     structlog.configure(
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # One write a line: PrintLogger makes two of an unbuffered stream, and podman logs runs the halves together.
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
     # Libraries log through the standard module: same place, same form, only what matters.
