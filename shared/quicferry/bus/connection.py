@@ -325,5 +325,5 @@ def _no_nkeys() -> FerryError:
     return FerryError(
         "bad_settings",
         "NATS credentials and nkeys need the package 'nkeys', which is not installed.",
-        hint="pip install 'quicferry[nkeys]'",
+        hint="pip install 'nats-py[nkeys]'",
     )
