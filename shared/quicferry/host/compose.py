@@ -18,6 +18,8 @@ NAME_VARIABLE: Final = "COMPOSE_PROJECT_NAME"
 SERVICES: Final = ("nats", "coordinator", "checkpoint-agent", "restore-agent", "berth-a", "berth-b")
 """What `up` starts, as compose.yaml has it; a test compares."""
 
+STARTED: Final = ".cache/started"
+
 UP_TIMEOUT: Final = 120.0
 STOP_GRACE: Final = 8
 """Seconds for a container to end by itself, as compose.yaml's stop_grace_period."""
@@ -70,6 +72,8 @@ class Stack:
         if podman_service.ensure(self.environment):
             self._say("started podman's service")
         self._say("starting containers")
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        self._memory.touch()
         before = self.containers()
         current = image.image_id()
         stale = any(container.image != current for container in before)
@@ -111,6 +115,7 @@ class Stack:
         self._remove("network")
         if volumes:
             self._remove("volume")
+            self._memory.unlink(missing_ok=True)
         if not inventory.containers(None, self.environment):
             podman_service.stop_own()
         return len(there)
@@ -132,6 +137,11 @@ class Stack:
                     env=self.environment,
                 )
         machine.remove_containers_conf()
+
+    @property
+    def _memory(self) -> Path:
+        """An empty file that tells that this copy was started from this checkout."""
+        return self.project / STARTED / self.name
 
     def containers(self) -> list[inventory.Container]:
         """This copy's containers, in any state."""
@@ -194,6 +204,12 @@ def _need_root() -> None:
             "Containers that move processes need root.",
             hint="Run it with sudo.",
         )
+
+
+def remembered(project: Path) -> list[str]:
+    """Names of the copies that were started from this checkout and whose volumes are not removed yet."""
+    folder = project.resolve() / STARTED
+    return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
 
 
 def up(

@@ -124,4 +124,6 @@ def install_containers_conf(project: Path) -> list[str]:
 
 def remove_containers_conf() -> None:
     """Undo :func:`install_containers_conf`."""
+    if os.environ.get(VARIABLE):
+        return  # then it was not ours to configure
     INSTALLED.unlink(missing_ok=True)

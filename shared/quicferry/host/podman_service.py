@@ -120,12 +120,6 @@ def stop_own() -> bool:
     return _stop(_memory())
 
 
-def stop_all_own() -> None:
-    """Stop every service that we started, for whatever directory."""
-    for memory in STATE.glob("podman-service*.json"):
-        _stop(memory)
-
-
 def _stop(memory: Path) -> bool:
     try:
         started = msgspec.json.decode(memory.read_bytes(), type=_Started)
