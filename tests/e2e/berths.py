@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import pytest
 
 from quicferry.host import berths, machine
 from quicferry.host.podman import Podman
+from quicferry.host.processes import SERVER_PID
 from quicferry.protocol.api import Address, Options, Place
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
@@ -80,21 +82,24 @@ class Harbour:
     def __init__(self, folder: Path) -> None:
         self.mark = uuid.uuid4().hex[:12]
         self.folder = folder
-        self.images = Path("/dev/shm") / f"quicferry-test-{self.mark}"  # noqa: S108 - images belong on a tmpfs
+        self.images = Path("/dev/shm") / f"quicferry-test-{self.mark}"  # images belong on a tmpfs
         self.url = f"unix://{folder}/podman.sock"
         self.network = f"quicferry-test-{self.mark}"
         self._service: subprocess.Popen[bytes] | None = None
 
     async def open(self) -> None:
         podman("network", "create", "--label", f"{LABEL}={self.mark}", self.network)
-        with (self.folder / "podman-service.log").open("wb") as log:
-            self._service = subprocess.Popen(
-                ["podman", "system", "service", "--time=0", self.url], env=environment(), stdout=log, stderr=log
-            )
+        self._service = self._start_service()
         async with asyncio.timeout(START_TIMEOUT):
             while not (self.folder / "podman.sock").exists():
                 assert self._service.poll() is None, (self.folder / "podman-service.log").read_text()
                 await asyncio.sleep(0.02)  # nothing tells when the service has made its socket
+
+    def _start_service(self) -> subprocess.Popen[bytes]:
+        with (self.folder / "podman-service.log").open("wb") as log:
+            return subprocess.Popen(
+                ["podman", "system", "service", "--time=0", self.url], env=environment(), stdout=log, stderr=log
+            )
 
     async def close(self) -> None:
         """Remove everything with this harbour's mark; every step is tried."""
@@ -121,7 +126,6 @@ class Harbour:
         wait_for: str = "serving",
     ) -> TestBerth:
         """Start a berth; with ``command`` a server is in it, and has printed ``wait_for`` when this returns."""
-        here = Path(__file__).resolve().parent
         unique = f"{name}-{self.mark}"
         arguments = ["run", "-d", "--name", unique, "--network", self.network, "--tmpfs", "/run"]
         arguments += ["--cap-add", "CHECKPOINT_RESTORE", "--label", f"{LABEL}={self.mark}"]
@@ -129,7 +133,7 @@ class Harbour:
         arguments += ["--label", f"{berths.LABEL_PORT}={PORT}"]
         arguments += ["--label", f"{berths.LABEL_ADDRESS}=127.0.0.1:{PORT}", "--entrypoint", ""]
         arguments += ["-v", f"{PROJECT}/shared/quicferry/host/berth_init.py:/test/berth_init.py:ro"]
-        arguments += ["-v", f"{here}/udp_echo.py:/test/udp_echo.py:ro"]
+        arguments += ["-v", f"{PROJECT}/tests/e2e/udp_echo.py:/test/udp_echo.py:ro"]
         for key, value in (env or {}).items():
             arguments += ["-e", f"{key}={value}"]
         container = podman(*arguments, IMAGE, *BERTH_INIT, *command)
@@ -170,6 +174,51 @@ async def harbour(folder: Path) -> AsyncIterator[Harbour]:
         yield made
     finally:
         await made.close()
+
+
+class EchoClient:
+    """A UDP client with one socket towards any berth."""
+
+    def __init__(self) -> None:
+        self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    def __enter__(self) -> EchoClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.udp.close()
+
+    def send(self, berth: TestBerth, text: str) -> None:
+        self.udp.sendto(text.encode(), (berth.ip, PORT))
+
+    async def answer(self) -> tuple[int, int, str, str]:
+        """The next answer: running number, PID in the berth, text, and the IP it came from."""
+        async with asyncio.timeout(START_TIMEOUT):
+            data, peer = await asyncio.get_running_loop().sock_recvfrom(self.udp, 2048)
+        number, pid, text = data.decode().split(" ", 2)
+        return int(number), int(pid), text, peer[0]
+
+    async def ask(self, berth: TestBerth, text: str) -> int:
+        """Send and check the answer; its running number."""
+        self.send(berth, text)
+        number, pid, echoed, ip = await self.answer()
+        assert (pid, echoed, ip) == (SERVER_PID, text, berth.ip)
+        return number
+
+
+def sockets_of(pid: int) -> list[str]:
+    """The inodes of all IP sockets that a process has open, with their protocol."""
+    inodes = set()
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            link = os.readlink(f"/proc/{pid}/fd/{fd}")
+            if link.startswith("socket:["):
+                inodes.add(link[8:-1])
+    found = []
+    for protocol in ("udp", "udp6", "tcp", "tcp6", "raw", "raw6"):
+        lines = Path(f"/proc/{pid}/net/{protocol}").read_text().splitlines()[1:]
+        found += [f"{protocol}:{line.split()[9]}" for line in lines if line.split()[9] in inodes]
+    return found
 
 
 def quick_options() -> Options:

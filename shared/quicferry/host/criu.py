@@ -23,7 +23,7 @@ from quicferry.host import cgroups, criu_errors
 from quicferry.host import criu_rpc_pb2 as rpc
 from quicferry.host.berths import BerthFacts
 from quicferry.host.images import Images
-from quicferry.host.processes import Process, children
+from quicferry.host.processes import Process, children, guests
 from quicferry.protocol.errors import FerryError
 
 log = structlog.get_logger(__name__)
@@ -322,3 +322,19 @@ class CriuSession:
     def _output(self) -> list[str]:
         raw = os.pread(self._output_fd, criu_errors.TAIL_BYTES, 0)
         return criu_errors.important(raw.decode(errors="replace").splitlines())
+
+
+async def outlive(init_pid: int) -> None:
+    """Wait until the CRIU of an agent that died has ended, in the berth of ``init_pid``.
+
+    It ends by itself when it finds its client gone, and only then has it let its tasks go.
+    Raises FerryError ``phase_timeout`` if it does not.
+    """
+    for criu in guests(init_pid, "criu"):
+        with criu:
+            if not await criu.exited(EXIT_TIMEOUT):
+                raise FerryError(
+                    "phase_timeout",
+                    f"An earlier agent's CRIU (PID {criu.pid}) is still at work in the berth.",
+                    hint="It ends by itself; if it hangs, end that process.",
+                )

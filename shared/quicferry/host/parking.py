@@ -110,6 +110,7 @@ class Dock:
         self._expected = 0
         self._answer: handover.Adopted | None = None
         self._udp: socket.socket | None = None
+        self._stopped = False
         self._parked = asyncio.Event()
         self._adopted = asyncio.Event()
         self._task = asyncio.create_task(self._serve(), name=f"dock-{port}")
@@ -183,8 +184,8 @@ class Dock:
         A server that can't connect calls its move off, so closing must not lose one that did connect:
         shutdown(2) refuses the new, the backlog is still served.
         """
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+        self._stopped = True
+        self._listener.shutdown(socket.SHUT_RDWR)
         await self._task
 
     def take(self) -> socket.socket | None:
@@ -206,13 +207,17 @@ class Dock:
             self._udp = None
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             try:
-                connection, _ = await loop.sock_accept(self._listener)
-            except OSError:
-                return  # shut down by stop_parking, the backlog is empty
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                # A non-blocking accept(2) says so of a shut down listener too, while epoll calls it ready.
+                if self._stopped:
+                    return
+                await _readable(self._listener)
+                continue
             with connection:
+                connection.setblocking(False)
                 try:
                     async with asyncio.timeout(handover.TIMEOUT):
                         await self._exchange(connection)

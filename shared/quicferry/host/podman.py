@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -122,11 +123,19 @@ class Podman:
             conmon_pid=state.get("ConmonPid") or 0,
         )
 
+    def _knock(self, function: Callable[[], T]) -> T:
+        # podman-py leaks a socket for every connect that fails, and says less about why.
+        if self.url.startswith("unix://"):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(self._timeout)
+                probe.connect(self.url.removeprefix("unix://"))
+        return function()
+
     async def _call(self, function: Callable[[], T]) -> T:
         try:
             # The requests inside have the same limit, so the thread ends by itself.
             async with self._one, asyncio.timeout(self._timeout * 2):
-                return await asyncio.to_thread(function)
+                return await asyncio.to_thread(self._knock, function)
         except NotFound:
             raise
         except (PodmanError, OSError) as error:  # requests' errors are OSErrors, TimeoutError too
@@ -139,5 +148,5 @@ class Podman:
 
 
 def _short(error: BaseException) -> str:
-    text = str(error) or type(error).__name__
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

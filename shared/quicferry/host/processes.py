@@ -124,6 +124,19 @@ def exists(pid: int) -> bool:
     return os.path.exists(f"/proc/{pid}")
 
 
+def guests(init_pid: int, command: str) -> list[Process]:
+    """Processes called ``command`` that were put into the berth from outside, as nsenter does."""
+    space = pid_namespace(init_pid)
+    found: list[Process] = []
+    for pid in _all():
+        if pid == init_pid or pid_namespace(pid) != space or pid_namespace(_parent(pid)) == space:
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            if _field(f"/proc/{pid}/status", "Name", "") == command:
+                found.append(Process(pid))
+    return found
+
+
 def check_host_pids(init_pid: int, container: str) -> None:
     """Check that ``init_pid``, as podman gives it, is PID 1 of ``container`` here too.
 
@@ -184,12 +197,42 @@ def outer_pipes(pid: int) -> dict[str, str]:
 
 
 def is_held(pid: int) -> bool:
-    """Whether the server stands still: it blocks SIGUSR2 from before it parks until it has adopted."""
+    """Whether the server stands still: it waits for SIGUSR2, and has no UDP socket, so it can't send.
+
+    It blocks SIGUSR2 from before it parks until it has adopted, but the kernel shows a signal that is
+    being waited for (sigtimedwait(2)) as not blocked: then it is the wait itself that tells.
+    """
     try:
-        blocked = int(_field(f"/proc/{pid}/status", "SigBlk", "0"), 16)
+        blocked = int(_field(f"/proc/{pid}/status", "SigBlk", "0"), 16) & (1 << (signal.SIGUSR2 - 1))
+        waits = bool(blocked) or "sigtimedwait" in _read(f"/proc/{pid}/wchan")
+        return waits and not udp_sockets(pid)
     except ProcessLookupError:
         return False
-    return bool(blocked & (1 << (signal.SIGUSR2 - 1)))
+
+
+def udp_sockets(pid: int) -> list[str]:
+    """The inodes of the UDP sockets that the process has open. Raises ProcessLookupError."""
+    links: set[str] = set()
+    try:
+        descriptors = os.listdir(f"/proc/{pid}/fd")
+    except FileNotFoundError:
+        raise ProcessLookupError(f"no process {pid}") from None
+    for fd in descriptors:
+        with contextlib.suppress(FileNotFoundError):
+            links.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    inodes: list[str] = []
+    for table in ("udp", "udp6"):
+        lines = _read(f"/proc/{pid}/net/{table}").splitlines()[1:]
+        inodes += [line.split()[9] for line in lines]
+    return [inode for inode in inodes if f"socket:[{inode}]" in links]
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""  # without IPv6 there is no udp6
 
 
 def _set(done: asyncio.Future[None]) -> None:

@@ -13,7 +13,7 @@ import structlog
 
 from quicferry.host import criu_stats, processes
 from quicferry.host.berths import BerthFacts
-from quicferry.host.criu import CriuSession
+from quicferry.host.criu import CriuSession, outlive
 from quicferry.host.images import Images, Manifest, boot_id
 from quicferry.host.parking import Dock, bind_parked
 from quicferry.host.podman import Podman
@@ -210,6 +210,12 @@ class Source:
         self._berth = berth
         return berth, processes.occupant(berth.init_pid)
 
+    async def _find_left(self) -> tuple[BerthFacts, Process | None]:
+        """The server as an agent that died has left it."""
+        berth = await self._podman.berth(self._request.source.berth)
+        await outlive(berth.init_pid)
+        return await self._find()
+
     async def _kill_through_criu(self, criu: CriuSession, server: Process) -> None:
         withheld = time.monotonic() - self._dumped_at
         if criu.withheld == "post-dump":
@@ -223,7 +229,7 @@ class Source:
 
     async def _kill_held(self) -> None:
         with contextlib.suppress(FerryError):  # no berth, no source
-            _, server = await self._find()
+            _, server = await self._find_left()
             if server is not None:
                 with server:
                     # A server that serves is not this migration's source: that one can't send any more.
@@ -240,7 +246,7 @@ class Source:
     async def _give_back(self) -> None:
         if self._server is None:
             try:
-                _, self._server = await self._find()
+                _, self._server = await self._find_left()
             except FerryError as error:
                 if error.code != "berth_gone":
                     raise

@@ -13,7 +13,7 @@ import structlog
 
 from quicferry.host import criu_stats, processes
 from quicferry.host.berths import BerthFacts
-from quicferry.host.criu import CriuSession
+from quicferry.host.criu import CriuSession, outlive
 from quicferry.host.images import Images, boot_id
 from quicferry.host.parking import Dock, bind_parked
 from quicferry.host.podman import Podman
@@ -193,6 +193,8 @@ class Target:
 
     async def _catch_up(self) -> None:
         """Bring a fresh object to where resume begins; without server and dock if the target serves already."""
+        berth = await self._podman.berth(self._request.target.berth)
+        await outlive(berth.init_pid)
         berth, server = await self._find()
         if server is None:
             await self.prepare()
@@ -224,6 +226,7 @@ class Target:
                 if error.code == "berth_gone":
                     return
                 raise
+        await outlive(self._berth.init_pid)
         for _ in range(MAX_LEFT):
             try:
                 left = processes.occupant(self._berth.init_pid)

@@ -1,0 +1,390 @@
+"""The host layer on real containers: a UDP echo moved, thawed, cleared away, and orphaned by its agent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from quicferry.host import criu, processes, source
+from quicferry.host.parking import bind_parked
+from quicferry.host.podman import Podman
+from quicferry.host.source import Source
+from quicferry.host.target import Target
+from quicferry.protocol.agents import AgentRequest
+from quicferry.protocol.errors import FerryError
+from tests.e2e.berths import (
+    ECHO,
+    PORT,
+    PROJECT,
+    EchoClient,
+    Harbour,
+    TestBerth,
+    client_of,
+    harbour,
+    quick_options,
+    sockets_of,
+)
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest_asyncio.fixture
+async def port(tmp_path: Path) -> AsyncIterator[Harbour]:
+    async with harbour(tmp_path) as made:
+        yield made
+
+
+@pytest_asyncio.fixture
+async def podman(port: Harbour) -> AsyncIterator[Podman]:
+    client = client_of(port)
+    yield client
+    client.close()
+
+
+class Ends:
+    """Both ends of one migration, closed in the end whatever happens."""
+
+    def __init__(self, port: Harbour, podman: Podman, here: TestBerth, there: TestBerth, *, epoch: int = 1) -> None:
+        self.request = AgentRequest(
+            id=f"move-{epoch}",
+            service="echo",
+            epoch=epoch,
+            source=here.place,
+            target=there.place,
+            options=quick_options(),
+        )
+        self.source = Source(podman, port.images, self.request)
+        self.target = Target(podman, port.images, self.request)
+
+    async def __aenter__(self) -> Ends:
+        await self.source.prepare()
+        await self.target.prepare()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.target.close()
+        await self.source.close()
+
+
+def occupant_pid(berth: TestBerth) -> int:
+    server = processes.occupant(berth.init_pid)
+    assert server is not None
+    with server:
+        return server.pid
+
+
+def images_left(port: Harbour) -> list[str]:
+    return os.listdir(port.images)
+
+
+async def test_a_server_moves_there_and_back_with_what_was_sent_to_it(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    with EchoClient() as client:
+        assert await client.ask(here, "first") == 1
+        answered = 1
+        for epoch in range(1, 4):
+            async with Ends(port, podman, here, there, epoch=epoch) as ends:
+                await ends.source.hold()
+                dumped = await ends.source.dump()
+                for text in ("one", "two", "three"):
+                    client.send(there, text)
+                await ends.target.restore()
+                resumed, _ = await asyncio.gather(ends.target.resume(), ends.source.release())
+            assert [await client.answer() for _ in range(3)] == [
+                (answered + n, processes.SERVER_PID, text, there.ip)
+                for n, text in enumerate(("one", "two", "three"), start=1)
+            ]
+            answered += 3
+            # What it prints reaches the log of the berth it is in now.
+            await port.log_line(there, f"adopted moved {there.name} {epoch}")
+            assert set(dumped.pipes) == {"1", "2"}
+            assert dumped.pages > 0
+            assert dumped.image_bytes > dumped.pages * os.sysconf("SC_PAGE_SIZE")
+            assert resumed.queued > 0
+            assert processes.occupant(here.init_pid) is None
+            assert images_left(port) == []
+            pid = occupant_pid(there)
+            for same in ("cgroup", "ns/time", "ns/net", "ns/mnt", "ns/pid"):
+                assert _of(pid, same) == _of(there.init_pid, same), same
+            here, there = there, here
+        assert await client.ask(here, "last") == answered + 1
+
+
+async def test_abort_after_the_dump_brings_the_source_back_with_its_queue(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    with EchoClient() as client:
+        assert await client.ask(here, "before") == 1
+        async with Ends(port, podman, here, there) as ends:
+            await ends.source.hold()
+            await ends.source.dump()
+            for text in ("one", "two"):
+                client.send(here, text)
+            await ends.source.abort()
+            await ends.target.abort()
+        assert [(await client.answer())[::2] for _ in range(2)] == [(2, "one"), (3, "two")]
+        await port.log_line(here, f"adopted rolled_back {here.name} 0")
+        assert images_left(port) == []
+        # Aborted is as good as new: the next move works.
+        async with Ends(port, podman, here, there, epoch=2) as ends:
+            await ends.source.hold()
+            await ends.source.dump()
+            await ends.target.restore()
+            await asyncio.gather(ends.target.resume(), ends.source.release())
+        assert await client.ask(there, "after") == 4
+
+
+async def test_abort_of_a_restored_target_leaves_no_process(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    async with Ends(port, podman, here, there) as ends:
+        await ends.source.hold()
+        await ends.source.dump()
+        await ends.target.restore()
+        assert processes.berth_pid_taken(there.init_pid, processes.SERVER_PID)
+        await ends.target.abort()
+        assert not processes.berth_pid_taken(there.init_pid, processes.SERVER_PID)
+        bind_parked(there.init_pid, PORT).close()  # would raise port_taken
+        await ends.source.abort()
+    with EchoClient() as client:
+        assert await client.ask(here, "still here") == 1
+    assert images_left(port) == []
+
+
+async def test_abort_works_at_every_stage_and_twice(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    with EchoClient() as client:
+        for stage in range(3):
+            async with Ends(port, podman, here, there, epoch=stage + 1) as ends:
+                for step in (ends.source.hold, ends.source.dump)[:stage]:
+                    await step()
+                for _ in range(2):
+                    await ends.target.abort()
+                    await ends.source.abort()
+            assert await client.ask(here, f"stage {stage}") == stage + 1
+
+
+async def test_a_dump_cancelled_midway_can_be_aborted(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO, env={"ECHO_BALLAST_MIB": "64"}), await port.berth("b")
+    async with Ends(port, podman, here, there) as ends:
+        await ends.source.hold()
+        dumping = asyncio.create_task(ends.source.dump())
+        # Cancelled once CRIU has begun to write, well before it has written 64 MiB.
+        while not any(port.images.glob("*/pages-*.img")):  # noqa: ASYNC110 - a file says how far CRIU is
+            await asyncio.sleep(0)
+        dumping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dumping
+        await ends.source.abort()
+        await ends.target.abort()
+    with EchoClient() as client:
+        assert await client.ask(here, "still here") == 1
+
+
+_AGENT = """
+import asyncio, sys, msgspec
+from pathlib import Path
+from quicferry.host.podman import Podman
+from quicferry.host.source import Source
+from quicferry.host.target import Target
+from quicferry.protocol.agents import AgentRequest
+
+async def main():
+    url, images, raw, upto = sys.argv[1:]
+    request = msgspec.json.decode(raw, type=AgentRequest)
+    podman = Podman(url)
+    source, target = Source(podman, Path(images), request), Target(podman, Path(images), request)
+    await source.prepare()
+    await target.prepare()
+    await source.hold()
+    await source.dump()
+    if upto == "restored":
+        await target.restore()
+    print("READY", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def _die(port: Harbour, podman: Podman, request: AgentRequest, upto: str, *, settle: bool = True) -> None:
+    """Run both ends in a process of its own up to ``upto``, then kill that with SIGKILL."""
+    agent = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-c", _AGENT, port.url, str(port.images), msgspec.json.encode(request).decode(), upto),
+        env={**os.environ, "PYTHONPATH": str(PROJECT / "shared")},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert agent.stdout is not None
+    try:
+        async with asyncio.timeout(30):
+            while b"READY" not in (line := await agent.stdout.readline()):
+                assert line, "the agent ended early"
+    finally:
+        agent.send_signal(signal.SIGKILL)
+        await agent.wait()
+    # CRIU ends by itself when it finds its client gone; only then are both copies let go.
+    for place in (request.source, request.target) if settle else ():
+        berth = await podman.berth(place.berth)
+        await criu.outlive(berth.init_pid)
+
+
+async def test_a_killed_agent_leaves_the_source_mute_until_the_next_takes_over(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    ends = Ends(port, podman, here, there)
+    await _die(port, podman, ends.request, "dumped")
+    pid = occupant_pid(here)
+    with processes.Process(pid) as server:
+        # Thawed by its tracer's death, whoever was first: alive, standing still, and without any IP socket.
+        assert server.alive
+        assert processes.is_held(pid)
+        assert sockets_of(pid) == []
+    with EchoClient() as client:
+        client.udp.connect((here.ip, PORT))
+        client.udp.send(b"anybody?")
+        # The berth's kernel answers that nobody listens, which no server that could send would let it do.
+        with pytest.raises(ConnectionRefusedError):
+            await client.answer()
+    try:
+        await ends.source.abort()
+        await ends.target.abort()
+    finally:
+        await ends.target.close()
+        await ends.source.close()
+    with EchoClient() as client:
+        assert await client.ask(here, "back") == 1
+    assert images_left(port) == []
+
+
+async def test_a_killed_agent_leaves_both_copies_mute_and_either_can_go_on(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    for epoch, forward in ((1, False), (2, True)):
+        ends = Ends(port, podman, here, there, epoch=epoch)
+        await _die(port, podman, ends.request, "restored")
+        for berth in (here, there):
+            pid = occupant_pid(berth)
+            assert processes.is_held(pid)
+            assert sockets_of(pid) == []
+        try:
+            if forward:
+                await ends.target.resume()
+                await ends.source.release()
+            else:
+                await ends.target.abort()
+                await ends.source.abort()
+        finally:
+            await ends.target.close()
+            await ends.source.close()
+        lives, empty = (there, here) if forward else (here, there)
+        with EchoClient() as client:
+            assert await client.ask(lives, "here") == epoch
+        assert processes.occupant(empty.init_pid) is None
+        assert images_left(port) == []
+
+
+@pytest.mark.parametrize("forward", [False, True])
+async def test_the_next_agent_waits_for_the_dead_ones_criu(port: Harbour, podman: Podman, forward: bool) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    ends = Ends(port, podman, here, there)
+    await _die(port, podman, ends.request, "restored", settle=False)
+    try:
+        if forward:
+            await asyncio.gather(ends.target.resume(), ends.source.release())
+        else:
+            await asyncio.gather(ends.target.abort(), ends.source.abort())
+    finally:
+        await ends.target.close()
+        await ends.source.close()
+    lives, empty = (there, here) if forward else (here, there)
+    with EchoClient() as client:
+        assert await client.ask(lives, "here") == 1
+    assert processes.occupant(empty.init_pid) is None
+
+
+async def test_a_target_whose_restored_process_is_gone_is_restored_again(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    ends = Ends(port, podman, here, there)
+    await _die(port, podman, ends.request, "restored")
+    lost = processes.occupant(there.init_pid)
+    assert lost is not None
+    with lost:
+        assert await lost.kill()
+    try:
+        await ends.source.release()
+        await ends.target.resume()
+    finally:
+        await ends.target.close()
+        await ends.source.close()
+    with EchoClient() as client:
+        assert await client.ask(there, "from the images") == 1
+
+
+async def test_a_server_that_does_not_park_refuses_the_hold_and_serves_on(
+    port: Harbour, podman: Podman, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "HOLD_MARGIN", 0.1)
+    here, there = await port.berth("a", ECHO, env={"ECHO_STUBBORN": "1"}), await port.berth("b")
+    async with Ends(port, podman, here, there) as ends:
+        with pytest.raises(FerryError, match="did not give up its socket") as caught:
+            await ends.source.hold()
+        assert caught.value.code == "hold_refused"
+        await ends.source.abort()
+    with EchoClient() as client:
+        assert await client.ask(here, "still here") == 1
+
+
+async def test_a_server_that_exits_on_sigterm_is_reported_as_gone(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO, env={"ECHO_EXIT": "1"}), await port.berth("b")
+    async with Ends(port, podman, here, there) as ends:
+        with pytest.raises(FerryError, match="was not armed") as caught:
+            await ends.source.hold()
+        assert caught.value.code == "server_gone"
+        await ends.source.abort()
+        await ends.target.abort()
+
+
+async def test_berths_that_do_not_fit_are_refused(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    for ends, end, code in (
+        (Ends(port, podman, here, here), "target", "berth_busy"),
+        (Ends(port, podman, there, here), "source", "server_gone"),
+    ):
+        with pytest.raises(FerryError) as caught:
+            await getattr(ends, end).prepare()
+        assert caught.value.code == code
+        await getattr(ends, end).close()
+    squatter = bind_parked(there.init_pid, PORT)
+    ends = Ends(port, podman, here, there)
+    with pytest.raises(FerryError) as caught:
+        await ends.target.prepare()
+    squatter.close()
+    await ends.target.close()
+    assert caught.value.code == "port_taken"
+    async with Ends(port, podman, here, there):
+        rival = Ends(port, podman, here, there, epoch=2)
+        with pytest.raises(FerryError, match="Another agent") as caught:
+            await rival.source.prepare()
+        await rival.source.close()
+    with pytest.raises(FerryError) as caught:
+        await podman.berth("nowhere")
+    assert caught.value.code == "berth_gone"
+
+
+async def test_podman_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    podman = Podman(f"unix://{tmp_path}/none.sock")
+    with pytest.raises(FerryError) as caught:
+        await podman.berths()
+    podman.close()
+    assert caught.value.code == "podman_unreachable"
+    assert "none.sock" in caught.value.message
+
+
+def _of(pid: int, what: str) -> str:
+    path = f"/proc/{pid}/{what}"
+    return os.readlink(path) if what.startswith("ns/") else Path(path).read_text()
