@@ -53,7 +53,7 @@ class Session:
 
     def say(self, event: str, **fields: Any) -> None:
         """One line on standard output."""
-        text = " ".join(f"{key}={value}" for key, value in fields.items() if key != "moves")
+        text = " ".join(f"{key}={value}" for key, value in fields.items() if key not in ("moves", "lost"))
         words = f"service interruption {fields['interruption_ms']:.1f} ms" if event == "move" else event
         print(json.dumps({"event": event, **fields}) if self.options.json else f"[client] {words} {text}", flush=True)
 
@@ -98,7 +98,7 @@ class Session:
             if (echo := self.waiting.pop(int(line.split()[-1]), None)) is not None:
                 echo.set_result(None)
                 for pause in self.meter.good():
-                    self.say("move", **pause.fields())
+                    self.say("move", **pause.fields(), echoes_sent=self.sent)
         for echo in self.waiting.values():  # the server ended the stream, or the connection is over
             if self.connection.over and not echo.done():
                 echo.set_exception(ConnectionResetError(self.connection.close_reason or "the connection ended"))
@@ -110,8 +110,8 @@ class Session:
         for reader in self.readers:
             reader.cancel()
         facts = {"handshakes": self.connection.handshakes, "odcid": self.connection.odcid}
-        moves = [pause.fields() for pause in self.meter.pauses]
-        self.say("summary", echoes_sent=self.sent, echoes_lost=len(self.waiting), **facts, moves=moves)
+        moves, lost = [pause.fields() for pause in self.meter.pauses], sorted(self.waiting)
+        self.say("summary", echoes_sent=self.sent, echoes_lost=len(lost), lost=lost, **facts, moves=moves)
 
 
 async def run(options: argparse.Namespace) -> int:

@@ -15,7 +15,10 @@ from quicferry.protocol.errors import FerryError
 
 if TYPE_CHECKING:
     from quicferry.host.compose import Stack
+    from quicferry.host.inventory import Container
 
+UP_SECONDS: Final = 60.0
+"""How long the containers may take to run."""
 SEEN_SECONDS: Final = 30.0
 """How long a server may take, once its container runs, to be known to the coordinator."""
 ASK_EVERY: Final = 0.2
@@ -33,7 +36,7 @@ def add_parsers(commands: arguments.Commands, parents: list[argparse.ArgumentPar
         "--timeout",
         metavar="S",
         type=arguments.seconds,
-        default=60.0,
+        default=UP_SECONDS,
         help="seconds the containers may take to run (default: %(default)g)",
     )
     parser.set_defaults(run=run_up)
@@ -54,10 +57,7 @@ def stack(args: argparse.Namespace, out: Output) -> Stack:
 
 def run_up(args: argparse.Namespace, out: Output) -> int:
     ours = stack(args, out)
-    containers = ours.up(timeout=args.timeout)
-    if not args.nats and not args.context and "NATS_URL" not in os.environ:
-        args.nats = f"nats://127.0.0.1:{os.environ.get('NATS_PORT') or 4222}"
-    reply = asyncio.run(_until_seen(args))
+    containers, reply = bring_up(args, ours, timeout=args.timeout)
     if out.as_json:
         out.record({"result": {"name": ours.name, "nats": args.nats, "containers": containers, "services": reply}})
         return Exit.DONE
@@ -72,6 +72,16 @@ def run_up(args: argparse.Namespace, out: Output) -> int:
             f" is in {where}; clients dial {describe.address(placement.place.address)}",
         )
     return Exit.DONE
+
+
+def bring_up(
+    args: argparse.Namespace, ours: Stack, *, timeout: float = UP_SECONDS
+) -> tuple[list[Container], ServicesReply]:
+    """Start everything and wait until a service can be moved; ``args.nats`` then names this copy's NATS."""
+    containers = ours.up(timeout=timeout)
+    if not args.nats and not args.context and "NATS_URL" not in os.environ:
+        args.nats = f"nats://127.0.0.1:{os.environ.get('NATS_PORT') or 4222}"
+    return containers, asyncio.run(_until_seen(args))
 
 
 async def _until_seen(args: argparse.Namespace) -> ServicesReply:
