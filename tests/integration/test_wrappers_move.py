@@ -25,8 +25,9 @@ def tls(tmp_path: Path) -> Tls:
 class Traffic:
     """Pings on one stream until stopped; every echo counted."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, every: float = 0.005) -> None:
         self.connection = connection
+        self.every = every
         self.sent = self.echoed = 0
         self.pauses: list[Pause] = []
         self.meter = Meter(connection)
@@ -42,7 +43,7 @@ class Traffic:
             self.echoed += 1
             self.pauses += self.meter.good()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.005):
+                async with asyncio.timeout(self.every):
                     await self._stop.wait()
 
     async def stop(self) -> None:
@@ -51,11 +52,13 @@ class Traffic:
             await self._task
 
 
-async def a_move(server: ServerProcess, agent: Agent, migration: str, epoch: int) -> int:
+async def a_move(
+    server: ServerProcess, agent: Agent, migration: str, epoch: int, options: Options | None = None
+) -> int:
     """Arm, SIGTERM, park, adopt another port; the new port."""
     target = parked()
     port: int = target.getsockname()[1]
-    assert (await server.arm(migration, port, epoch=epoch))["kind"] == "armed"
+    assert (await server.arm(migration, port, epoch=epoch, options=options))["kind"] == "armed"
     server.signal(signal.SIGTERM)
     park, source = await agent.take()
     assert park.id == migration
@@ -97,9 +100,9 @@ async def test_fifty_clients_with_traffic_lose_nothing(tls: Tls) -> None:
         connections = [
             await stack.enter_async_context(dial(tls, server.port, name=f"car-{number}")) for number in range(50)
         ]
-        traffic = [Traffic(connection) for connection in connections]
+        traffic = [Traffic(connection, every=0.05) for connection in connections]
         with Agent(server.port) as agent:
-            port = await a_move(server, agent, "many", 1)
+            port = await a_move(server, agent, "many", 1, Options(ack_timeout_ms=10_000))
         outcomes = [await connection.migrations[-1].arrived(LIMIT) for connection in connections]
         assert outcomes == ["arrived"] * 50
         for one in traffic:
@@ -263,21 +266,24 @@ async def test_an_application_that_never_gets_quiet_is_moved_as_it_stands(tls: T
 async def test_a_held_server_has_no_socket_says_nothing_and_dies_of_sigterm(tls: Tls) -> None:
     async with ServerProcess.start(tls) as server, dial(tls, server.port) as connection:
         with Agent(server.port) as agent, parked() as target:
+            assert len(ip_sockets(server.process.pid)) == 1
             await server.arm("held", target.getsockname()[1])
             server.signal(signal.SIGTERM)
             _, source = await agent.take()
-            links = [
-                os.readlink(f"/proc/{server.process.pid}/fd/{fd}")
-                for fd in os.listdir(f"/proc/{server.process.pid}/fd")
-            ]
-            inodes = {link[8:-1] for link in links if link.startswith("socket:")}
-            for table in ("udp", "udp6", "tcp", "tcp6"):
-                rows = Path(f"/proc/{server.process.pid}/net/{table}").read_text().splitlines()[1:]
-                assert not inodes & {row.split()[9] for row in rows}
+            assert ip_sockets(server.process.pid) == set()
             connection._wire.probe(1)  # something it would answer if it could
             server.signal(signal.SIGTERM)
             assert await server.exit_code() == 0
             source.close()
+
+
+def ip_sockets(pid: int) -> set[str]:
+    """Inodes of a process's UDP and TCP sockets."""
+    folder = Path(f"/proc/{pid}")
+    links = [os.readlink(fd) for fd in (folder / "fd").iterdir()]
+    open_sockets = {link.removeprefix("socket:[").removesuffix("]") for link in links}
+    tables = [(folder / "net" / name).read_text().splitlines()[1:] for name in ("udp", "udp6", "tcp", "tcp6")]
+    return open_sockets & {row.split()[9] for rows in tables for row in rows}
 
 
 @pytest.mark.parametrize("arguments", [(), ("--thread",)], ids=["alone", "with a thread of the application's"])

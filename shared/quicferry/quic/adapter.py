@@ -198,6 +198,14 @@ class StreamConnection(QuicConnectionProtocol):
         if not self.over:
             self.close(reason_phrase=reason)
 
+    def finish(self, reason: str) -> None:
+        """Close and be over at once. aioquic answers nothing while closing, so there is nothing to wait for."""
+        if not self.over:
+            self.say_goodbye(reason)
+            internals.stop_timer(self)
+            self._be_over(reason)
+            self._closed.set()
+
     # For the streams.
 
     def send(self, stream_id: int, data: bytes, *, end: bool) -> None:
@@ -238,18 +246,23 @@ class StreamConnection(QuicConnectionProtocol):
         elif isinstance(event, events.HandshakeCompleted):
             self.established = True
             self.handshake_completed()
-        elif isinstance(event, events.ConnectionTerminated) and not self.over:
-            self.over = True
-            for stream in list(self._streams.values()):
-                stream.connection_lost()
-            self._streams.clear()
-            self._held_back.clear()
-            self.connection_over(event.reason_phrase)
+        elif isinstance(event, events.ConnectionTerminated):
+            self._be_over(event.reason_phrase)
 
     def transmit(self) -> None:
         super().transmit()
         if self._held_back:
             self._held_back = [stream for stream in self._held_back if not stream.acknowledged()]
+
+    def _be_over(self, reason: str) -> None:
+        if self.over:
+            return
+        self.over = True
+        for stream in list(self._streams.values()):
+            stream.connection_lost()
+        self._streams.clear()
+        self._held_back.clear()
+        self.connection_over(reason)
 
     @property
     def _own_parity(self) -> int:

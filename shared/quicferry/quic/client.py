@@ -30,8 +30,6 @@ from quicferry.quic.swappable import FAKE_PEER, SwappablePeer, open_client_socke
 log = structlog.get_logger(__name__)
 
 ALPN: Final = ("quicferry/1",)
-CLOSE_WAIT: Final = 2.0
-"""Seconds a closing connection waits for its end."""
 
 StreamHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -280,10 +278,7 @@ async def connect(
         yield Connection(wire, seam, follower, traces)
     finally:
         follower.stop()
-        wire.say_goodbye("")
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_WAIT):
-                await wire.wait_closed()
+        wire.finish("")
         seam.close()
         traces.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aioquic import tls
+from aioquic.asyncio.protocol import QuicConnectionProtocol
 from aioquic.quic.connection import QuicConnection
 
 
@@ -31,3 +32,11 @@ def reserve_stream(quic: QuicConnection) -> int:
 def congestion_window(quic: QuicConnection) -> int:
     """Bytes that may be in flight (RFC 9002, 7)."""
     return quic._loss.congestion_window
+
+
+def stop_timer(protocol: QuicConnectionProtocol) -> None:
+    """No timer of the connection fires any more; for one that is given up for good."""
+    if protocol._timer is not None:
+        protocol._timer.cancel()
+        protocol._timer = None
+        protocol._timer_at = None

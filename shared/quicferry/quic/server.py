@@ -119,7 +119,7 @@ class MigratableServer:
                 loop.remove_signal_handler(number)
         await self._mover.stop()
         for connection in list(self._connections):
-            connection.say_goodbye("the server is stopping")
+            connection.finish("the server is stopping")
         tasks = [task for group in self._tasks.values() for task in group]
         for task in tasks:
             task.cancel()
