@@ -24,6 +24,10 @@ from tests.integration.test_coordinator import BACK, HAPPY, decisions, ended, mi
 ROOT = Path(__file__).parents[2]
 
 
+def _is(line: str, event: str) -> bool:
+    return f"] {event} " in line or line.rstrip().endswith(f"] {event}")
+
+
 class Process:
     """``python -m services.coordinator`` with its log lines."""
 
@@ -36,12 +40,15 @@ class Process:
         return self._process.returncode
 
     async def says(self, event: str) -> str:
-        """The next log line with ``event``."""
+        """The first log line with ``event``, which may have come already."""
+        for line in self.lines:
+            if _is(line, event):
+                return line
         assert self._process.stderr is not None
         async with asyncio.timeout(LIMIT):
             while line := (await self._process.stderr.readline()).decode():
                 self.lines.append(line)
-                if f"] {event} " in line or line.rstrip().endswith(f"] {event}"):
+                if _is(line, event):
                     return line
         pytest.fail(f"no {event} in: {''.join(self.lines)}")
 

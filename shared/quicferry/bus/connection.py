@@ -57,6 +57,7 @@ class Bus:
         """Set while connected, and for good once closed."""
         self._said_waiting = -WAITING_LOG_EVERY
         self._failures = 0
+        self._refused = False
         self._last_failure: Exception | None = None
         self._gave_up = asyncio.Event()
         self._watches: dict[str, set[_Watch]] = {}
@@ -97,7 +98,7 @@ class Bus:
             opening.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):  # its error was raised above
                 await opening
-        self._up = True
+        self._up, self._refused = True, False
         self._settled.set()
         self.js = self.nats.jetstream(**self.settings.jetstream_options())
         self._log.debug("nats_connected", name=self.name)
@@ -130,7 +131,7 @@ class Bus:
 
     def _unreachable(self, error: Exception | None) -> FerryError:
         why = str(error).removeprefix("nats: ") if error else "no answer"
-        if isinstance(error, nats.errors.AuthorizationError) or "authorization" in why.lower():
+        if isinstance(error, nats.errors.AuthorizationError) or "authorization violation" in why.lower():
             return FerryError(
                 "nats_denied",
                 f"NATS at {self.settings.shown} refused the login.",
@@ -161,9 +162,12 @@ class Bus:
         if self._up and not self.nats.is_reconnecting:
             self._log.warning("nats_error", error=str(error))
             return
-        self._last_failure = error
         self._failures += 1
-        if self._failures >= FAIL_FAST_ERRORS or isinstance(error, nats.errors.AuthorizationError):
+        refused = "authorization" in str(error).lower()  # nats-py has a class for it, and seldom uses it
+        if refused or not self._refused:
+            self._last_failure = error  # what comes after a refusal are its consequences
+        self._refused = self._refused or refused
+        if self._failures >= FAIL_FAST_ERRORS or refused:
             self._gave_up.set()
         now = asyncio.get_running_loop().time()
         if self._wait and now - self._said_waiting >= WAITING_LOG_EVERY:
