@@ -32,10 +32,14 @@ def hierarchies(root: Path) -> list[Path]:
     """
     if (root / "cgroup.controllers").exists():
         return [root]
-    # v1's co-mounted controllers are symlinks to one mount (cpu -> cpu,cpuacct): each mount once, told
-    # apart by device. Path.resolve() would leave the other process's root for our own.
-    mounts = {child.stat().st_dev: child for child in sorted(root.iterdir()) if child.is_dir()}
-    return sorted(folder for folder in mounts.values() if (folder / "cgroup.procs").exists())
+    # v1's co-mounted controllers are symlinks to one mount (cpu -> cpu,cpuacct): each mount once.
+    # Path.resolve() would leave the other process's root for our own.
+    mounts: dict[tuple[int, int], Path] = {}
+    for child in sorted(root.iterdir()):
+        if (child / "cgroup.procs").exists():
+            at = child.stat()
+            mounts.setdefault((at.st_dev, at.st_ino), child)
+    return sorted(mounts.values())
 
 
 def directories_of(init_pid: int, cgroup_path: str, root: Path) -> list[Path]:

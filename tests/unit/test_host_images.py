@@ -1,0 +1,89 @@
+"""The images' directory: for root only, with room, and gone in the end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from quicferry.host import images as module
+from quicferry.host.images import Images, Manifest, on_tmpfs
+from quicferry.protocol.errors import FerryError
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Images:
+    made = Images(tmp_path / "root", "m1", "source")
+    made.create()
+    return made
+
+
+def test_every_directory_is_for_its_owner_only(images: Images) -> None:
+    for folder in (images.root, images.path, images.work):
+        assert folder.stat().st_mode & 0o777 == 0o700
+    images.path.chmod(0o755)
+    images.create()
+    assert images.path.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_would_not_fit_is_refused_before_anything_is_touched(images: Images) -> None:
+    with pytest.raises(FerryError, match="MiB free") as caught:
+        images.create(room_for_bytes=2**60)
+    assert caught.value.code == "machine_unfit"
+
+
+def test_a_root_that_can_not_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FerryError) as caught:
+        Images(tmp_path / "file" / "root", "m1", "source").create()
+    assert caught.value.code == "machine_unfit"
+    with pytest.raises(FerryError):
+        module.check_root(tmp_path / "file" / "root")
+
+
+def test_sizes_and_pages_are_of_the_files(images: Images) -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    (images.path / "pages-1.img").write_bytes(b"x" * page * 3)
+    (images.path / "pages-2.img").write_bytes(b"x" * page)
+    (images.path / "core-5000.img").write_bytes(b"x" * 100)
+    assert images.pages() == 4
+    assert images.size_bytes() == 4 * page + 100
+
+
+def test_the_manifest_reaches_the_other_side(images: Images) -> None:
+    other = Images(images.root, "m1", "target")
+    with pytest.raises(FerryError, match="manifest"):
+        other.manifest()
+    images.write_manifest(Manifest(pipes={"1": "pipe:[7]"}, boot_id=module.boot_id()))
+    assert other.manifest() == Manifest(pipes={"1": "pipe:[7]"}, boot_id=module.boot_id())
+
+
+def test_only_the_time_namespace_is_dropped(images: Images) -> None:
+    for name in ("timens-0.img", "core-5000.img"):
+        (images.path / name).touch()
+    images.drop_time_namespace()
+    images.drop_time_namespace()
+    assert os.listdir(images.path) == ["core-5000.img"]
+
+
+def test_each_side_removes_the_images_and_its_own_work_only(images: Images) -> None:
+    other = Images(images.root, "m1", "target")
+    other.create()
+    other.mark("restore-begun")
+    images.remove()
+    images.remove()
+    assert os.listdir(images.root) == ["m1.target"]
+    assert other.marked("restore-begun")
+    other.remove()
+    assert os.listdir(images.root) == []
+    assert not other.marked("restore-begun")
+
+
+def test_a_tmpfs_is_told_from_a_disk() -> None:
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    tmpfs = [point for _, point, kind, *_ in mounts if kind == "tmpfs"]
+    if not tmpfs:
+        pytest.skip("no tmpfs is mounted here")
+    assert on_tmpfs(Path(tmpfs[-1]) / "below")
+    assert not on_tmpfs(Path("/proc"))

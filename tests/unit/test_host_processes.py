@@ -1,0 +1,120 @@
+"""Processes by pidfd and /proc, with real children."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+
+import pytest
+
+from quicferry.host import processes
+from quicferry.host.processes import Process
+from quicferry.protocol.errors import FerryError
+
+HOLDS = """
+import signal, socket, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.bind(("127.0.0.1", 0))
+print("has a socket", flush=True)
+sys.stdin.readline()
+udp.close()
+print("holds", flush=True)
+signal.sigwaitinfo({signal.SIGUSR2})
+print("runs", flush=True)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+sys.stdin.readline()
+"""
+
+
+@contextlib.asynccontextmanager
+async def child(code: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    pipe = asyncio.subprocess.PIPE
+    made = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=pipe, stdout=pipe)
+    try:
+        yield made
+    finally:
+        if made.returncode is None:
+            made.kill()
+        await made.wait()
+
+
+async def line(made: asyncio.subprocess.Process) -> str:
+    assert made.stdout is not None
+    async with asyncio.timeout(10):
+        return (await made.stdout.readline()).decode().strip()
+
+
+async def test_a_process_is_signalled_waited_for_and_then_gone() -> None:
+    async with child("import sys; print('up', flush=True); sys.stdin.readline()") as made:
+        assert await line(made) == "up"
+        with Process(made.pid) as process:
+            assert process.alive
+            assert process.berth_pid == processes.namespace_pid(made.pid)
+            assert not await process.exited(0.01)
+            assert made.pid in processes.children(os.getpid())
+            assert processes.rss_bytes(made.pid) > 1_000_000
+            assert process.signal(signal.SIGTERM)
+            assert await process.exited(10)
+            assert not process.alive
+            await made.wait()
+            assert not process.signal(signal.SIGTERM)
+        with pytest.raises(ProcessLookupError):
+            Process(made.pid)
+
+
+async def test_a_stubborn_process_is_killed() -> None:
+    code = "import signal, sys; signal.signal(15, signal.SIG_IGN); print('up', flush=True); sys.stdin.readline()"
+    async with child(code) as made:
+        await line(made)
+        with Process(made.pid) as process:
+            process.signal(signal.SIGTERM)
+            assert await process.kill()
+
+
+async def test_held_means_waiting_for_the_signal_without_a_socket() -> None:
+    async with child(HOLDS) as made:
+        assert made.stdin is not None
+        assert await line(made) == "has a socket"
+        assert len(processes.udp_sockets(made.pid)) == 1
+        assert not processes.is_held(made.pid)  # it blocks the signal already, but could send
+        made.stdin.write(b"\n")
+        assert await line(made) == "holds"
+        assert processes.is_held(made.pid)
+        # The kernel shows a signal that is waited for as not blocked: both states count.
+        async with asyncio.timeout(10):
+            while "sigtimedwait" not in processes._read(f"/proc/{made.pid}/wchan"):  # noqa: ASYNC110 - /proc
+                await asyncio.sleep(0)
+        assert processes.is_held(made.pid)
+        made.send_signal(signal.SIGUSR2)
+        assert await line(made) == "runs"
+        async with asyncio.timeout(10):
+            while processes.is_held(made.pid):  # noqa: ASYNC110 - /proc announces nothing
+                await asyncio.sleep(0)
+    assert not processes.is_held(made.pid)
+
+
+async def test_only_pipes_are_outer_pipes() -> None:
+    async with child("import os, sys; os.dup2(os.open('/dev/null', 2), 2); print('up', flush=True); input()") as made:
+        await line(made)
+        found = processes.outer_pipes(made.pid)
+        assert set(found) <= {"0", "1"}  # asyncio gives a child's stdin a socket pair or a pipe
+        assert found["1"] == os.readlink(f"/proc/{made.pid}/fd/1")
+
+
+def test_a_berth_whose_init_is_gone_is_told() -> None:
+    with pytest.raises(FerryError) as caught:
+        processes.occupant(2**22 + 1)
+    assert caught.value.code == "berth_gone"
+
+
+def test_a_process_that_is_no_container_init_means_another_pid_namespace() -> None:
+    for pid in (os.getpid(), 2**22 + 1):
+        with pytest.raises(FerryError) as caught:
+            processes.check_host_pids(pid, "c0ffee")
+        assert caught.value.code == "host_pid_namespace"
+        assert "pid: host" in caught.value.hint
