@@ -1,0 +1,231 @@
+"""The hand-over of the parked socket: its messages, and agents that answer badly."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from quicferry.protocol import handover, wire
+from quicferry.protocol.api import Address
+from quicferry.protocol.errors import FerryError
+from quicferry.quic import hold
+from quicferry.quic.migratable import MigratableUDP
+
+ADOPTED = handover.Adopted(
+    id="m", outcome="moved", node="n", berth="b", address=Address(host="192.0.2.1", port=4242), epoch=1
+)
+LINE = wire.encode(ADOPTED) + b"\n"
+
+
+def test_the_lines_as_the_agents_see_them() -> None:
+    assert wire.encode(handover.Park(id="m")) == b'{"op":"park","id":"m"}'
+    assert wire.encode(handover.Adopt()) == b'{"op":"adopt"}'
+    assert wire.decode(b'{"op":"adopt"}', handover.Request) == handover.Adopt()
+    assert wire.decode(LINE.strip(), handover.Adopted) == ADOPTED
+    assert handover.socket_name(4242) == "\0quicferry.parking.4242"
+
+
+class BadAgent:
+    """Takes one connection and answers it in its own way, in a thread."""
+
+    def __init__(self, answer: Callable[[socket.socket], None]) -> None:
+        self.name = f"\0quicferry.test.{os.getpid()}"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(self.name)
+        self._listener.listen(1)
+        self._listener.settimeout(5)
+        self._answer = answer
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        connection, _ = self._listener.accept()
+        with connection:
+            connection.recv(100)
+            self._answer(connection)
+
+    def __enter__(self) -> BadAgent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+        self._listener.close()
+
+
+def udp() -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+def send(*socks: socket.socket, line: bytes = LINE) -> Callable[[socket.socket], None]:
+    def answer(connection: socket.socket) -> None:
+        socket.send_fds(connection, [line], [sock.fileno() for sock in socks])
+
+    return answer
+
+
+@pytest.fixture
+def open_fds() -> Iterator[None]:
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.usefixtures("open_fds")
+def test_a_good_answer() -> None:
+    with udp() as given, BadAgent(send(given)) as agent:
+        adopted, sock = hold._ask(agent.name)
+        with sock:
+            assert adopted == ADOPTED
+            assert sock.getsockname() == given.getsockname()
+
+
+@pytest.mark.usefixtures("open_fds")
+def test_a_good_answer_in_pieces() -> None:
+    def answer(connection: socket.socket) -> None:
+        socket.send_fds(connection, [LINE[:20]], [given.fileno()])
+        connection.sendall(LINE[20:])
+
+    with udp() as given, BadAgent(answer) as agent:
+        adopted, sock = hold._ask(agent.name)
+        sock.close()
+        assert adopted == ADOPTED
+
+
+@pytest.mark.usefixtures("open_fds")
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda connection: None, "Not valid JSON"),
+        (lambda connection: connection.sendall(LINE), "0 sockets"),
+        (lambda connection: connection.sendall(b"\xff\xfe\n"), "Not valid JSON"),
+        (lambda connection: connection.sendall(b'{"op":"adopted"}\n'), "missing required field"),
+        (lambda connection: connection.sendall(b"x" * 20_000), "Not valid JSON|gave no socket"),
+        (lambda connection: send(connection, connection)(connection), "2 sockets"),
+        (lambda connection: send(connection)(connection), "not UDP"),
+        (lambda connection: send(connection, line=b"{}\n")(connection), "missing required field"),
+    ],
+)
+def test_bad_answers_are_refused_and_leak_nothing(answer: Callable[[socket.socket], None], reason: str) -> None:
+    with BadAgent(answer) as agent, pytest.raises(FerryError, match=reason) as caught:
+        hold._ask(agent.name)
+    assert caught.value.code == "hold_refused"
+
+
+async def test_a_refused_hold_leaves_everything_as_it_was() -> None:
+    """Nobody listens: same socket, same signal mask, and datagrams still arrive."""
+    got: asyncio.Queue[bytes] = asyncio.Queue()
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, lambda data, peer: got.put_nowait(data))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    generation = endpoint.generation
+    with pytest.raises(FerryError) as caught:
+        hold.hold(endpoint, "m")
+    assert caught.value.code == "hold_refused"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+    assert endpoint.generation == generation
+    with udp() as sender:
+        sender.sendto(b"hello", ("127.0.0.1", endpoint.port))
+        async with asyncio.timeout(5):
+            assert await got.get() == b"hello"
+    endpoint.close()
+
+
+async def test_everything_queued_is_read_at_adoption_before_anything_else_runs() -> None:
+    got: list[bytes] = []
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, lambda data, peer: got.append(data))
+    released = endpoint.release()
+    with pytest.raises(OSError, match="given away"):
+        endpoint.release()
+    endpoint.sendto(b"kept", released.getsockname())  # nowhere to go yet: kept, and no error
+    assert endpoint.counters.sent == 0
+    with udp() as sender:
+        parked = udp()
+        for number in range(200):
+            sender.sendto(b"%d" % number, parked.getsockname())
+        assert endpoint.adopt(parked) == 200
+        assert got == [b"%d" % number for number in range(200)]
+        assert endpoint.counters.sent == 1
+    released.close()
+    endpoint.close()
+
+
+async def test_what_the_old_socket_had_received_is_read_in_a_rebind() -> None:
+    got: list[bytes] = []
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, lambda data, peer: got.append(data))
+    with udp() as sender:
+        sender.sendto(b"before", ("127.0.0.1", endpoint.port))
+        endpoint.rebind()
+        assert got == [b"before"]
+        assert endpoint.port == endpoint.local[1]
+    endpoint.close()
+
+
+async def test_a_swap_from_within_a_datagrams_handling() -> None:
+    """The read loop has the old socket in hand when it is exchanged and closed under it."""
+    got: list[bytes] = []
+    seen = asyncio.Event()
+
+    def received(data: bytes, peer: object) -> None:
+        got.append(data)
+        endpoint.rebind()
+        endpoint.sendto(data, peer)
+        if len(got) == 10:
+            seen.set()
+
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, received)
+    with udp() as sender:
+        sender.settimeout(5)
+        for number in range(10):
+            sender.sendto(b"%d" % number, ("127.0.0.1", endpoint.port))
+        async with asyncio.timeout(5):
+            await seen.wait()
+        assert sorted(got) == [b"%d" % number for number in range(10)]
+        assert sorted(sender.recv(10) for _ in range(10)) == sorted(got)
+    assert endpoint.counters.send_errors == 0
+    endpoint.close()
+
+
+async def test_a_write_caught_in_a_swap_goes_out_by_the_new_socket() -> None:
+    """A thread writes while the loop swaps: what fails on a closed socket is retried by generation."""
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, lambda data, peer: None)
+    sink = udp()
+    peer = sink.getsockname()
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            endpoint._send(b"x", peer)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    for _ in range(300):
+        endpoint.rebind()
+        await asyncio.sleep(0)
+    stop.set()
+    thread.join()
+    assert endpoint.counters.sent > 0
+    assert endpoint.counters.send_errors == 0
+    endpoint.close()
+    sink.close()
+
+
+async def test_errors_of_the_network_stay_below() -> None:
+    """Nobody listens there: the kernel says ECONNREFUSED or the like, QUIC is told nothing."""
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, lambda data, peer: None)
+    with udp() as gone:
+        nobody = gone.getsockname()
+    for _ in range(5):
+        endpoint.sendto(b"x", nobody)
+        endpoint.sendto(b"x", ("255.255.255.255", 9))  # EACCES
+        endpoint.sendto(b"x" * 70_000, nobody)  # EMSGSIZE
+    assert endpoint.counters.send_errors == 10
+    endpoint.close()
+    endpoint.sendto(b"x", nobody)
+    endpoint.close()
