@@ -13,7 +13,7 @@ from podman import PodmanClient
 from podman.errors import NotFound, PodmanError
 
 from quicferry.host import processes
-from quicferry.host.berths import LABEL_BERTH, BerthFacts, facts
+from quicferry.host.berths import LABEL_BERTH, LABEL_STACK, BerthFacts, facts
 from quicferry.protocol.errors import FerryError
 
 T = TypeVar("T")
@@ -24,14 +24,20 @@ TIMEOUT: Final = 5.0
 
 
 class Podman:
-    """One podman service, by its socket's URL; ``CONTAINER_HOST`` or the root socket when not given."""
+    """One podman service, by its socket's URL; ``CONTAINER_HOST`` or the root socket when not given.
 
-    def __init__(self, url: str | None = None, *, timeout: float = TIMEOUT) -> None:
+    Sees the berths of one stack only, ``stack`` or ``QUICFERRY_STACK``; of all where neither names one.
+    """
+
+    def __init__(self, url: str | None = None, *, stack: str | None = None, timeout: float = TIMEOUT) -> None:
         self.url = url or os.environ.get("CONTAINER_HOST") or DEFAULT_URL
+        stack = stack or os.environ.get("QUICFERRY_STACK")
+        self._labels = [LABEL_BERTH, *([f"{LABEL_STACK}={stack}"] if stack else [])]
         self._timeout = timeout
         self._client = PodmanClient(base_url=self.url, timeout=timeout)
         self._malformed: set[str] = set()
         self._one = asyncio.Lock()
+        self._answered = False
 
     def close(self) -> None:
         self._client.close()  # type: ignore[no-untyped-call]
@@ -46,7 +52,7 @@ class Podman:
             lambda: [
                 container.attrs
                 for container in self._client.containers.list(
-                    filters={"label": LABEL_BERTH, "status": "running"}, sparse=True
+                    filters={"label": self._labels, "status": "running"}, sparse=True
                 )
             ]
         )
@@ -124,12 +130,16 @@ class Podman:
         )
 
     def _knock(self, function: Callable[[], T]) -> T:
-        # podman-py leaks a socket for every connect that fails, and says less about why.
-        if self.url.startswith("unix://"):
+        # podman-py leaks a socket for every connect that fails, and says less about why. Podman logs a
+        # connection without a request, so this is for the first call and after a failure only.
+        if not self._answered and self.url.startswith("unix://"):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 probe.settimeout(self._timeout)
                 probe.connect(self.url.removeprefix("unix://"))
-        return function()
+        self._answered = False
+        outcome = function()
+        self._answered = True
+        return outcome
 
     async def _call(self, function: Callable[[], T]) -> T:
         try:
