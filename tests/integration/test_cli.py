@@ -28,6 +28,7 @@ from tests.integration.scripted import BROKEN, Behaviour, Node, berth, now_ms
 from tests.unit.test_cli_output import ID, at, completed, rolled_back
 
 ROOT = Path(__file__).parents[2]
+COMMAND_SECONDS = 25
 
 
 class Done(NamedTuple):
@@ -61,9 +62,12 @@ class Command:
 
     async def __call__(self, *arguments: str) -> Done:
         process = await self.start(*arguments)
-        async with asyncio.timeout(30):
-            out, err = await process.communicate()
-        assert process.returncode is not None
+        reading = asyncio.ensure_future(process.communicate())
+        await asyncio.wait([reading], timeout=COMMAND_SECONDS)
+        if process.returncode is None:
+            process.send_signal(signal.SIGINT)
+            pytest.fail(f"quicferry {' '.join(arguments)} does not end; it printed {await reading}")
+        out, err = await reading
         assert b"Traceback" not in err
         return Done(process.returncode, out.decode(), err.decode())
 
