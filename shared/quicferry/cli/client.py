@@ -8,11 +8,15 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from quicferry.cli import arguments, describe, project, session
+from quicferry.cli import arguments, describe, lifecycle, project, session
 from quicferry.cli.output import Output
 from quicferry.protocol.api import Placement
 from quicferry.protocol.errors import FerryError
+
+if TYPE_CHECKING:
+    from quicferry.host.compose import Stack
 
 TARGET = "TARGET_ADDR"
 CA = "QUICFERRY_CA"
@@ -42,7 +46,7 @@ def run_client(args: argparse.Namespace, out: Output) -> int:
     if {"-h", "--help"} & set(args.passed):
         os.execve(*_exec(args, directory, "", ""))  # noqa: S606 - an argument list, and no shell
     target = os.environ.get(TARGET) or describe.address(asyncio.run(_placement(args)).place.address)
-    cafile = args.cafile or os.environ.get(CA) or find_cafile(directory)
+    cafile = args.cafile or os.environ.get(CA) or find_cafile(lifecycle.stack(args, out))
     out.note(f"pinging {target}")
     os.execve(*_exec(args, directory, target, cafile))  # noqa: S606 - an argument list, and no shell
 
@@ -77,15 +81,13 @@ def command_line(
     }
 
 
-def find_cafile(directory: Path) -> str:
+def find_cafile(stack: Stack) -> str:
     """The certificate that the server made for itself, in the volume that the berths share.
 
     Raises FerryError ``setup_failed`` or ``file_refused``.
     """
     from quicferry.host.command import run
-    from quicferry.host.compose import Stack
 
-    stack = Stack(directory)
     mountpoint = run(
         ["podman", "volume", "inspect", "--format", "{{.Mountpoint}}", f"{stack.name}_tls"],
         timeout=30,

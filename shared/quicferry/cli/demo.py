@@ -115,7 +115,7 @@ async def _demo(args: argparse.Namespace, out: Output, traces: Path) -> Result:
             argparse.Namespace(json=True, passed=options),
             directory,
             describe.address(service.place.address),
-            args.cafile if "cafile" in args else client.find_cafile(directory),
+            client.find_cafile(lifecycle.stack(args, out)),
             os.environ,
         )
         reports: list[Report] = []

@@ -14,6 +14,8 @@ from quicferry.protocol.errors import FerryError
 from quicferry.protocol.wire import Name, Port
 
 LABEL_BERTH: Final = "io.quicferry.berth"
+LABEL_STACK: Final = "io.quicferry.stack"
+"""Which copy of the system a berth belongs to, where a machine has several."""
 LABEL_SERVICE: Final = "io.quicferry.service"
 LABEL_PORT: Final = "io.quicferry.port"
 LABEL_ADDRESS: Final = "io.quicferry.address"

@@ -1,0 +1,184 @@
+"""What the tests of whole moves share: the API's caller, clients with traffic in flight, and a capture."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+import quicferry
+from quicferry.bus.connection import Bus
+from quicferry.bus.log import EventLog
+from quicferry.bus.settings import NatsSettings
+from quicferry.cli.client import find_cafile
+from quicferry.host.compose import Stack
+from quicferry.migration.report import Report, report
+from quicferry.protocol import events as ev
+from quicferry.protocol import subjects
+from quicferry.protocol.api import MigrateReply, MigrateRequest, Options, ServicesReply, ServicesRequest
+from quicferry.protocol.errors import FerryError
+
+PATIENCE = 60.0
+
+
+class System:
+    """The running system, seen from outside: NATS and UDP only."""
+
+    def __init__(self, stack: Stack, variables: dict[str, str]) -> None:
+        self.stack = stack
+        self.nats = f"nats://127.0.0.1:{variables['NATS_PORT']}"
+
+    @property
+    def cafile(self) -> str:
+        """There once the server serves, see :meth:`address`."""
+        return find_cafile(self.stack)
+
+    @contextlib.asynccontextmanager
+    async def bus(self) -> AsyncIterator[Bus]:
+        async with Bus.connect("e2e", NatsSettings.load(self.nats), wait=False) as bus:
+            yield bus
+
+    async def services(self) -> ServicesReply:
+        """What the coordinator knows, once it knows the server."""
+        async with asyncio.timeout(PATIENCE), self.bus() as bus:
+            while True:
+                with contextlib.suppress(FerryError):
+                    reply = await bus.request(subjects.SERVICES, ServicesRequest(), ServicesReply, timeout=5)
+                    if reply.services:
+                        return reply
+                await asyncio.sleep(0)  # the request itself is what waits
+
+    async def address(self) -> tuple[str, int]:
+        """Where clients dial the server now."""
+        (placement,) = (await self.services()).services
+        return placement.place.address.host, placement.place.address.port
+
+    async def move(self, *, to: str | None = None, **limits: int) -> tuple[Report, list[ev.AnyEvent]]:
+        """One migration from request to outcome."""
+        await self.services()
+        async with self.bus() as bus:
+            request = MigrateRequest(service="echo", to=to, options=Options(**limits))
+            reply = await bus.request(subjects.MIGRATE, request, MigrateReply, timeout=5)
+            seen = await self.followed(bus, reply.id)
+        return report(seen), seen
+
+    async def followed(self, bus: Bus, migration: str) -> list[ev.AnyEvent]:
+        """A migration's events up to its outcome."""
+        log = await EventLog.open(bus)
+        seen: list[ev.AnyEvent] = []
+        async with asyncio.timeout(PATIENCE), contextlib.aclosing(log.follow(migration=migration)) as entries:
+            async for _, event in entries:
+                seen.append(event)
+                if isinstance(event, ev.Completed | ev.RolledBack | ev.Failed):
+                    break
+        return seen
+
+    @contextlib.asynccontextmanager
+    async def client(self, name: str, *, interval: float = 0.02, **more: object) -> AsyncIterator[Pinger]:
+        """A connected client that pings until the block ends, and then has got every echo or fails the test."""
+        host, port = await self.address()
+        dial = quicferry.connect(host, port, cafile=self.cafile, server_name="localhost", name=name, **more)  # type: ignore[arg-type]
+        async with dial as connection:
+            pinger = Pinger(connection, interval)
+            async with pinger.running():
+                yield pinger
+
+
+class Pinger:
+    """Numbered lines out at a steady pace, whatever comes back; echoes are counted in order."""
+
+    def __init__(self, connection: quicferry.Connection, interval: float) -> None:
+        self.connection = connection
+        self.sent = 0
+        self.echoed = 0
+        self._interval = interval
+        self._news = asyncio.Condition()
+        self._stop = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        reader, writer = await self.connection.open_stream()
+        sending = asyncio.create_task(self._send(writer))
+        reading = asyncio.create_task(self._read(reader))
+        try:
+            await self.echoes(5)
+            yield
+            self._stop.set()
+            await sending
+            async with asyncio.timeout(PATIENCE), self._news:
+                await self._news.wait_for(lambda: self.echoed == self.sent or reading.done())
+            assert self.echoed == self.sent, f"{self.sent - self.echoed} of {self.sent} echoes lost"
+            assert self.connection.handshakes == 1
+        finally:
+            sending.cancel()
+            reading.cancel()
+            await asyncio.gather(sending, reading, return_exceptions=True)
+
+    async def echoes(self, more: int) -> None:
+        """Until so many more echoes have come."""
+        wanted = self.echoed + more
+        async with asyncio.timeout(PATIENCE), self._news:
+            await self._news.wait_for(lambda: self.echoed >= wanted)
+
+    async def _send(self, writer: asyncio.StreamWriter) -> None:
+        while not self._stop.is_set():
+            self.sent += 1
+            writer.write(b"%d\n" % self.sent)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._interval):
+                    await self._stop.wait()
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            assert int(line) == self.echoed + 1
+            async with self._news:
+                self.echoed += 1
+                self._news.notify_all()
+
+
+class Datagram(NamedTuple):
+    """A UDP datagram seen on a bridge, in the order seen."""
+
+    source: str
+    source_port: int
+    destination: str
+    destination_port: int
+
+
+class Capture:
+    """Every UDP datagram over IPv4 on one network interface, by packet(7)."""
+
+    def __init__(self, interface: str) -> None:
+        self.seen: list[Datagram] = []
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 * 1024 * 1024)
+        self._socket.bind((interface, 0))
+        self._socket.setblocking(False)
+
+    def __enter__(self) -> Capture:
+        asyncio.get_running_loop().add_reader(self._socket, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._take()
+        asyncio.get_running_loop().remove_reader(self._socket)
+        self._socket.close()
+
+    def _take(self) -> None:
+        while True:
+            try:
+                frame = self._socket.recv(65_535)
+            except BlockingIOError:
+                return
+            if frame[12:14] != b"\x08\x00" or frame[23] != socket.IPPROTO_UDP:
+                continue
+            ports = 14 + (frame[14] & 0x0F) * 4
+            source_port, destination_port = struct.unpack_from("!HH", frame, ports)
+            self.seen.append(
+                Datagram(
+                    socket.inet_ntoa(frame[26:30]), source_port, socket.inet_ntoa(frame[30:34]), destination_port
+                )
+            )
