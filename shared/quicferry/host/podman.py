@@ -32,7 +32,10 @@ class Podman:
     def __init__(self, url: str | None = None, *, stack: str | None = None, timeout: float = TIMEOUT) -> None:
         self.url = url or os.environ.get("CONTAINER_HOST") or DEFAULT_URL
         stack = stack or os.environ.get("QUICFERRY_STACK")
-        self._labels = [LABEL_BERTH, *([f"{LABEL_STACK}={stack}"] if stack else [])]
+        # A list: of a dictionary's own lists podman-py makes one string.
+        self._filters = ["status=running", f"label={LABEL_BERTH}"]
+        if stack:
+            self._filters.append(f"label={LABEL_STACK}={stack}")
         self._timeout = timeout
         self._client = PodmanClient(base_url=self.url, timeout=timeout)
         self._malformed: set[str] = set()
@@ -50,10 +53,7 @@ class Podman:
         """
         rows = await self._call(
             lambda: [
-                container.attrs
-                for container in self._client.containers.list(
-                    filters={"label": self._labels, "status": "running"}, sparse=True
-                )
+                container.attrs for container in self._client.containers.list(filters=self._filters, sparse=True)
             ]
         )
         found: list[BerthFacts] = []
