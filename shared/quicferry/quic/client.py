@@ -171,7 +171,7 @@ class Connection:
     def report_interruption(self, interruption_ms: float, migration: Migration | None = None) -> None:
         """Tell the server how long the application was without data in a move, the newest by default.
 
-        Milliseconds, 0 to 3,600,000. Raises ValueError without a move to report on.
+        Milliseconds, 0 to 3,600,000. Raises ValueError without a move to report on, or out of range.
         """
         self._follower.report_interruption(interruption_ms, migration)
 

@@ -35,6 +35,8 @@ QuiesceHook = Callable[[Migration], Awaitable[None]]
 """The application's own: returns once it has nothing under way and the server may be dumped."""
 
 REMEMBERED: Final = 64
+MAX_INTERRUPTION_MS: Final = 3_600_000
+"""What ``moved`` can say; a connection that was idle for longer counts as this."""
 PROBES: Final = ((1.0, 0.02), (10.0, 0.1), (float("inf"), 1.0))
 """Until so many seconds after ``migrate``, a silent client pings every so many seconds: a target answers what it
 has not heard yet, and an idle client would give it nothing to answer."""
@@ -77,10 +79,12 @@ class Follower:
         self._spawn(self._listen(self._control))
 
     def report_interruption(self, interruption_ms: float, migration: Migration | None = None) -> None:
-        """Tell the server what the application measured. Raises ValueError without a move to report on."""
+        """Tell the server what the application measured. Raises ValueError without a move, or out of range."""
         migration = migration or self.current
         if migration is None:
             raise ValueError("no move was seen")
+        if not 0 <= interruption_ms <= MAX_INTERRUPTION_MS:
+            raise ValueError(f"{interruption_ms} ms is not between 0 and {MAX_INTERRUPTION_MS}")
         self._tell(Moved(id=migration.id, source="application", interruption_ms=round(interruption_ms, 3)))
 
     def stop(self) -> None:
@@ -135,8 +139,12 @@ class Follower:
             return
         try:
             target = self._policy.resolve(message.addr, message.port, self.seam.peer)
+            self.seam.check_reach(target)
         except ValueError as error:
             self._refuse(message, f"{message.addr} is {error}")
+            return
+        except OSError as error:
+            self._refuse(message, str(error))
             return
         self._swap(message, target)
 
@@ -144,11 +152,7 @@ class Follower:
         migration = Migration(message.id, message.address, message.epoch)
         # The ack leaves before the swap: the old path is known to work.
         self._tell(Ack(id=message.id))
-        try:
-            self.seam.begin(target)
-        except OSError as error:
-            self._refuse(message, str(error))
-            return
+        self.seam.begin(target)
         if self._pending is not None:
             self._finish(self._pending, "replaced")
         self._pending = migration
@@ -189,7 +193,8 @@ class Follower:
         log.info(
             "target_heard", id=migration.id, peer=shown(seam.peer), silence_ms=round(migration.interruption_ms, 1)
         )
-        self._tell(Moved(id=migration.id, source="wrapper", interruption_ms=round(migration.interruption_ms, 3)))
+        said = min(round(migration.interruption_ms, 3), MAX_INTERRUPTION_MS)
+        self._tell(Moved(id=migration.id, source="wrapper", interruption_ms=said))
         self._finish(migration, "arrived")
 
     def _finish(self, migration: Migration, outcome: Outcome) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from quicferry.quic.client import Connection
+from quicferry.quic.follower import MAX_INTERRUPTION_MS
 from quicferry.quic.migration import Migration, Outcome
 
 KEPT: Final = 65_536
@@ -53,7 +54,7 @@ class Meter:
             interruption_ms = self._interruption(migration, migration.ended_at)
             self._measured.append((migration, interruption_ms))
             if migration.outcome == "arrived":
-                self._connection.report_interruption(interruption_ms, migration)
+                self._connection.report_interruption(min(interruption_ms, MAX_INTERRUPTION_MS), migration)
             new.append(self._pause(migration, interruption_ms))
         return new
 

@@ -8,8 +8,10 @@ from typing import Final
 from quicferry.quic.addresses import Peer, open_socket, widen
 from quicferry.quic.udp import RECEIVE_BUFFER, Received, UdpEndpoint
 
-ADOPT_LIMIT: Final = 200_000
+ADOPT_LIMIT: Final = 65_536
 """Datagrams read from an adopted socket before anything else runs: more than its queue can hold."""
+RELEASE_LIMIT: Final = 4096
+"""Datagrams read before the socket is given away; who swapped has sent them to the target as well."""
 
 
 class MigratableUDP(UdpEndpoint):
@@ -45,11 +47,14 @@ class MigratableUDP(UdpEndpoint):
             old.close()
 
     def release(self) -> socket.socket:
-        """Give the socket away, read empty; from here nothing is sent or received. Raises OSError if it is away."""
+        """Give the socket away, read empty as far as it goes; from here nothing is sent or received.
+
+        Raises OSError if it is away already.
+        """
         if self._socket is None:
             raise OSError("the socket was given away already")
         sock = self._socket
-        self.drain(sock, ADOPT_LIMIT)
+        self.drain(sock, RELEASE_LIMIT)
         self._detach()
         return sock
 

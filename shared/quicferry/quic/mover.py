@@ -31,7 +31,7 @@ ResumeHook = Callable[[str, str], Awaitable[None]]
 
 FLUSH_TIME: Final = 0.5
 """Seconds the herald has to publish what waits before the hold."""
-CLOSE_TIME: Final = 1.5
+CLOSE_TIME: Final = 1.2
 """Seconds the herald has to disconnect."""
 REMEMBERED: Final = 64
 """Moves whose late acks and accounts are still understood, and whose ids are not armed again."""

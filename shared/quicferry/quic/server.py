@@ -47,7 +47,9 @@ def server_configuration(
     configuration = QuicConfiguration(is_client=False, alpn_protocols=list(alpn), idle_timeout=idle_timeout)
     try:
         configuration.load_cert_chain(certificate, private_key)
-    except (OSError, ValueError, TypeError) as error:
+        if configuration.private_key.public_key() != configuration.certificate.public_key():
+            raise ValueError("they do not belong together")
+    except (OSError, ValueError, TypeError, LookupError) as error:  # LookupError: a file without a certificate
         raise FerryError(
             "bad_settings",
             f"The certificate {certificate} and the key {private_key} can't be used: {error}.",

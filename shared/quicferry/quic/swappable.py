@@ -56,13 +56,13 @@ class SwappablePeer(UdpEndpoint):
         if self.pending is not None:
             self._send_or_keep(payload, self.pending)
 
-    def begin(self, target: Peer) -> None:
-        """Send to ``target`` too and admit it; a target pending before is dropped.
-
-        Raises OSError if the socket's family can't reach it.
-        """
+    def check_reach(self, target: Peer) -> None:
+        """Raises OSError if the socket's family can't reach ``target``."""
         if self._socket is not None:
             for_family(target, self._socket.family)
+
+    def begin(self, target: Peer) -> None:
+        """Send to ``target`` too and admit it; a target pending before is dropped."""
         self.pending = target
 
     def abandon(self) -> None:
