@@ -53,11 +53,15 @@ class Book:
             log.exception("machine_failed", id=event.id, seq=entry.seq, kind=ev.kind(event))
             self._broken.add(event.id)
             taken = None
-        self._seq = entry.seq
-        for waiting in [w for w in self._waiting if w[0] <= entry.seq]:
+        self.passed(entry.seq)
+        return taken
+
+    def passed(self, seq: int) -> None:
+        """Nothing up to entry ``seq`` is still to come."""
+        self._seq = max(self._seq, seq)
+        for waiting in [w for w in self._waiting if w[0] <= self._seq]:
             self._waiting.discard(waiting)
             waiting[1].set()
-        return taken
 
     def _take(self, entry: Entry) -> tuple[State, list[Command]] | None:
         event = entry.event
@@ -115,7 +119,7 @@ class Book:
         return dict(self._placements)
 
     async def reached(self, seq: int) -> None:
-        """Wait until entry ``seq`` has been taken."""
+        """Wait until entry ``seq`` has been taken or passed over."""
         if seq <= self._seq:
             return
         reached = asyncio.Event()

@@ -71,10 +71,11 @@ class Driver:
 
     async def run(self) -> None:
         """Replay in silence, give what is outstanding, then go live. Ends only by an error or by being cancelled."""
-        seq, entries = 0, 0
+        seq, entries = await self._log.last_seq(), 0
         async for entry in self._log.replay():
             self._book.take(entry)
-            seq, entries = entry.seq, entries + 1
+            seq, entries = max(seq, entry.seq), entries + 1
+        self._book.passed(seq)  # the last ones may be unreadable, or have left the log
         unfinished = self._book.unfinished()
         log.info("log_replayed", entries=entries, unfinished=[state.request.id for state in unfinished])
         try:
@@ -86,7 +87,8 @@ class Driver:
                     for command in outstanding(state):
                         self._give(state, command)
                 self.ready.set()
-                async with contextlib.aclosing(self._log.follow(from_seq=seq + 1)) as coming:
+                follow = self._log.follow(from_seq=seq + 1, skipped=self._book.passed)
+                async with contextlib.aclosing(follow) as coming:
                     async for entry in coming:
                         self._take(entry)
         finally:

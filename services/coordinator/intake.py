@@ -51,6 +51,7 @@ class Intake:
 
     async def migrate(self, request: MigrateRequest) -> MigrateReply:
         """Put the migration into the log, once for each id. Raises FerryError with one of a dozen codes."""
+        await self._caught_up()
         if request.id is not None and (known := self._book.state(request.id)):
             return _again(request, known.request)
         migration = request.id or _make_id(request.service)
@@ -128,12 +129,11 @@ class Intake:
 
     async def cancel(self, request: CancelRequest) -> CancelReply:
         """Ask the log to turn back. Raises FerryError ``unknown_migration`` or ``too_late``."""
+        await self._caught_up()
         state = await self._known(request.id)
         if state.outcome is None and state.reason is None:
             seq = await self._log.append(ev.CancelAsked(id=request.id, at_ms=now_ms()))
-            with contextlib.suppress(TimeoutError):  # then the answer is what is known by now
-                async with asyncio.timeout(CAUGHT_UP_SECONDS):
-                    await self._book.reached(seq)  # the log's order says which came first, this or the commit
+            await self._caught_up(seq)  # the log's order says which came first, this or the commit
             state = self._book.state(request.id) or state
         if state.committed or state.phase in _PAST_RETURN or state.outcome == "completed":
             raise FerryError(
@@ -145,6 +145,7 @@ class Intake:
 
     async def status(self, request: StatusRequest) -> StatusReply:
         """One migration, or the newest ones first. Raises FerryError ``unknown_migration``."""
+        await self._caught_up()
         if request.id is not None:
             return StatusReply(migrations=[status_of(await self._known(request.id))])
         states = self._book.newest(request.limit, request.service)
@@ -153,12 +154,20 @@ class Intake:
     async def services(self, request: ServicesRequest) -> ServicesReply:
         """Where every service is, and every berth."""
         del request  # it has no fields
+        await self._caught_up()
         berths = places.corrected(await self._registry.berths(), self._book.verdict)
         placements = {placement.service: placement for placement in await self._registry.placements()}
         for service, logged in self._book.placements().items():
             if service not in placements or placements[service].epoch < logged.epoch:
                 placements[service] = logged
         return ServicesReply(services=places.services(berths, placements, now_ms()), berths=berths)
+
+    async def _caught_up(self, seq: int | None = None) -> None:
+        """Know at least what the log held when we were asked: who saw a migration end may ask for the next one."""
+        seq = await self._log.last_seq() if seq is None else seq
+        with contextlib.suppress(TimeoutError):  # then the answer is what is known by now
+            async with asyncio.timeout(CAUGHT_UP_SECONDS):
+                await self._book.reached(seq)
 
     async def _known(self, migration: str) -> State:
         state = self._book.state(migration) or await read_state(self._log, migration)

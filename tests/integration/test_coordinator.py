@@ -105,6 +105,23 @@ async def test_there_and_back_many_times(bus: Bus, event_log: EventLog, node: No
         assert decisions(await ended(event_log, reply.id)) == HAPPY
 
 
+async def test_garbage_in_the_log_delays_nobody(
+    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks waits for what is in the log; what can't be read counts as read."""
+    monkeypatch.setattr("services.coordinator.intake.CAUGHT_UP_SECONDS", 3600.0)
+    await bus.js.publish("quicferry.log.x.server.ack", b"garbage before the start")
+    async with coordinating(nats_server):
+        await bus.request(subjects.STATUS, StatusRequest(), StatusReply, timeout=5)
+        await bus.js.publish("quicferry.log.x.server.ack", b"garbage while it runs")
+        await bus.request(subjects.STATUS, StatusRequest(), StatusReply, timeout=5)
+        await bus.js.purge_stream(subjects.LOG_STREAM)
+        await bus.request(subjects.STATUS, StatusRequest(), StatusReply, timeout=5)
+    async with coordinating(nats_server):
+        await bus.request(subjects.STATUS, StatusRequest(), StatusReply, timeout=5)
+        assert decisions(await ended(event_log, (await migrate(bus)).id)) == HAPPY
+
+
 async def test_stale_reports_do_not_mislead(
     bus: Bus, event_log: EventLog, registry: Registry, node: Node, coordinator: None
 ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Final, NamedTuple
 
 import nats.js.errors
@@ -102,24 +103,40 @@ class EventLog:
 
     async def replay(self, *, migration: str | None = None) -> AsyncIterator[Entry]:
         """What is in the log now, in order, of one migration or of all; then it ends."""
-        async for message in consumer.replay(self._bus, subjects.LOG_STREAM, _filter(migration)):
-            if entry := _entry_of(message):
-                yield entry
+        messages = consumer.replay(self._bus, subjects.LOG_STREAM, _filter(migration))
+        async with contextlib.aclosing(messages):
+            async for message in messages:
+                if entry := _entry_of(message):
+                    yield entry
 
-    async def follow(self, *, migration: str | None = None, from_seq: int = 1) -> AsyncGenerator[Entry, None]:
+    async def follow(
+        self,
+        *,
+        migration: str | None = None,
+        from_seq: int = 1,
+        skipped: Callable[[int], None] | None = None,
+    ) -> AsyncGenerator[Entry, None]:
         """Every entry from ``from_seq`` on, then what comes, for ever; outlives restarts of the server.
 
-        Entries that are not of their form are logged and passed over. Close it (``contextlib.aclosing``) when done.
+        Entries that are not of their form are logged and passed over; ``skipped`` is called with their numbers, in
+        order. Close it (``contextlib.aclosing``) when done.
         """
-        async for message in consumer.follow(self._bus, subjects.LOG_STREAM, _filter(migration), from_seq=from_seq):
-            if entry := _entry_of(message):
-                yield entry
+        messages = consumer.follow(self._bus, subjects.LOG_STREAM, _filter(migration), from_seq=from_seq)
+        async with contextlib.aclosing(messages):
+            async for message in messages:
+                if entry := _entry_of(message):
+                    yield entry
+                elif skipped is not None:
+                    skipped(message.seq)
 
     async def last_seq(self) -> int:
         """The newest entry's number; 0 in an empty log."""
         subject = f"{self._bus.settings.jetstream_prefix}.STREAM.INFO.{subjects.LOG_STREAM}"
         async with self._bus.within(PUBLISH_SECONDS, subject, "looking at the log"):
-            return int((await self._bus.js.stream_info(subjects.LOG_STREAM)).state.last_seq)
+            try:
+                return int((await self._bus.js.stream_info(subjects.LOG_STREAM)).state.last_seq)
+            except nats.js.errors.APIError as error:
+                raise _refused(error) from error
 
     async def _publish(self, event: AnyEvent, headers: dict[str, str]) -> api.PubAck:
         headers = {api.Header.MSG_ID: ev.message_id(event), **headers}
@@ -178,4 +195,4 @@ def _decode(subject: str, data: bytes, seq: int) -> Entry | None:
 
 
 def _refused(error: nats.js.errors.APIError) -> FerryError:
-    return FerryError("nats_unreachable", f"The log refused an entry: {error.description}.")
+    return FerryError("nats_unreachable", f"JetStream refused: {error.description}.")
