@@ -14,11 +14,11 @@ import nats.js.errors
 import structlog
 from nats.aio.client import Client
 from nats.js import JetStreamContext
-from nats.micro.request import ERROR_CODE_HEADER, ERROR_HEADER
+from nats.micro.request import ERROR_CODE_HEADER
 
+from quicferry.bus.refusals import Watch, denied, error_of, no_nkeys
 from quicferry.bus.settings import NatsSettings
 from quicferry.protocol import wire
-from quicferry.protocol.api import ErrorReply
 from quicferry.protocol.errors import FerryError
 
 log = structlog.get_logger()
@@ -60,7 +60,7 @@ class Bus:
         self._refused = False
         self._last_failure: Exception | None = None
         self._gave_up = asyncio.Event()
-        self._watches: dict[str, set[_Watch]] = {}
+        self._watches: dict[str, set[Watch]] = {}
         self._denied_subscriptions: set[str] = set()
         self._log = log.bind(nats=settings.shown)
 
@@ -84,14 +84,14 @@ class Bus:
             options = self.settings.connect_options()
             opening = asyncio.create_task(self._connect(options))
         except ImportError as error:
-            raise _no_nkeys() from error
+            raise no_nkeys() from error
         try:
             if self._wait:
                 await opening
             else:
                 await self._impatiently(opening)
         except ImportError as error:
-            raise _no_nkeys() from error
+            raise no_nkeys() from error
         except (nats.errors.Error, OSError, ValueError) as error:
             raise self._unreachable(error) from error
         finally:
@@ -235,17 +235,17 @@ class Bus:
         ``no_answer`` when nobody listens or the time is over, ``nats_unreachable`` when the connection is gone.
         JetStream's own refusals pass through.
         """
-        watch = _Watch()
+        watch = Watch()
         watches = self._watches.setdefault(subject.lower(), set())
         watches.add(watch)
         try:
             async with asyncio.timeout(seconds) as watch.scope:
                 yield
             if watch.denied:  # it came with the answer
-                raise _denied(watch.denied, what)
+                raise denied(watch.denied, what)
         except TimeoutError as error:  # nats-py's own is a subclass
             if watch.denied:
-                raise _denied(watch.denied, what) from None
+                raise denied(watch.denied, what) from None
             if watch.lost:
                 raise FerryError("nats_unreachable", f"The connection to NATS was lost: {what}.") from None
             if not self.nats.is_connected:
@@ -279,7 +279,7 @@ class Bus:
             answer = await self.nats.request(subject, wire.encode(message), timeout=timeout + 1)
         headers = answer.headers or {}
         if ERROR_CODE_HEADER in headers:
-            raise _error_of(answer.data, headers)
+            raise error_of(answer.data, headers)
         try:
             decoded: R = wire.decode(answer.data, reply)
         except FerryError as error:
@@ -291,43 +291,3 @@ class Bus:
         async with self.within(2.0, subject, f"publishing on {subject}"):
             await self.nats.publish(subject, wire.encode(message))
             await self.sync()
-
-
-class _Watch:
-    """Lets a refusal or a lost connection, which nats-py reports elsewhere, end the wait it belongs to."""
-
-    __slots__ = ("denied", "lost", "scope")
-
-    def __init__(self) -> None:
-        self.denied = ""
-        self.lost = False
-        self.scope: asyncio.Timeout
-
-    def end(self, *, denied: str = "", lost: bool = False) -> None:
-        self.denied, self.lost = denied or self.denied, lost
-        if not self.scope.expired():
-            self.scope.reschedule(asyncio.get_running_loop().time())
-
-
-def _denied(denied: str, what: str) -> FerryError:
-    return FerryError(
-        "nats_denied",
-        f"NATS refused {denied}: {what} is not permitted.",
-        hint="The permissions of the NATS user decide; see docs/nats.md.",
-    )
-
-
-def _error_of(body: bytes, headers: dict[str, str]) -> FerryError:
-    try:
-        answer: ErrorReply = wire.decode(body, ErrorReply)
-    except FerryError:  # a responder that is not ours: the headers are all there is
-        return FerryError("internal", f"Refused: {headers.get(ERROR_HEADER, '')} ({headers[ERROR_CODE_HEADER]}).")
-    return FerryError.of(answer.error)
-
-
-def _no_nkeys() -> FerryError:
-    return FerryError(
-        "bad_settings",
-        "NATS credentials and nkeys need the package 'nkeys', which is not installed.",
-        hint="pip install 'nats-py[nkeys]'",
-    )

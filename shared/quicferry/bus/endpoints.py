@@ -83,7 +83,7 @@ async def serve(
                 raise FerryError(
                     "nats_denied",
                     f"NATS refused the subscription to {endpoint.subject!r}.",
-                    hint="The permissions of the NATS user decide; see docs/nats.md.",
+                    hint="The permissions of the NATS user in the server's configuration decide.",
                 )
         yield
     finally:
