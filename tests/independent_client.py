@@ -154,6 +154,7 @@ async def main() -> int:
     parser.add_argument("--cafile", help="the server's authority; not verified if absent")
     parser.add_argument("--server-name", default="localhost")
     parser.add_argument("--name", default="independent")
+    parser.add_argument("--no-hello", action="store_true", help="stay out of moves")
     parser.add_argument("--moves", type=int, default=0, help="end after so many moves")
     parser.add_argument("--count", type=int, default=0, help="and after so many pings; with neither: never")
     parser.add_argument("--interval-ms", type=float, default=10.0)
@@ -170,7 +171,7 @@ async def main() -> int:
     client.connect(MADE_UP)
     async with asyncio.timeout(10):
         await client.wait_connected()
-    following = asyncio.create_task(client.follow(options.name))
+    following = asyncio.create_task(asyncio.sleep(0) if options.no_hello else client.follow(options.name))
     await asyncio.sleep(0)  # the control stream is the first one
     say("connected", peer=f"{options.host}:{options.port}")
 

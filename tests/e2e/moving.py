@@ -14,6 +14,7 @@ from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
 from quicferry.bus.settings import NatsSettings
 from quicferry.cli.client import find_cafile
+from quicferry.cli.session import heralds
 from quicferry.host.compose import Stack
 from quicferry.migration.report import Report, report
 from quicferry.protocol import events as ev
@@ -42,12 +43,12 @@ class System:
             yield bus
 
     async def services(self) -> ServicesReply:
-        """What the coordinator knows, once it knows the server."""
+        """What the coordinator knows, once it knows the server and that serves."""
         async with asyncio.timeout(PATIENCE), self.bus() as bus:
             while True:
                 with contextlib.suppress(FerryError):
                     reply = await bus.request(subjects.SERVICES, ServicesRequest(), ServicesReply, timeout=5)
-                    if reply.services:
+                    if reply.services and await heralds(bus, "echo"):
                         return reply
                 await asyncio.sleep(0)  # the request itself is what waits
 

@@ -151,9 +151,12 @@ class Talker:
         pytest.fail(f"it ended without saying {event}")
 
     async def ends(self) -> dict[str, Any]:
-        """Ctrl-C; returns its summary."""
+        """Ctrl-C; returns its summary once it has said goodbye and gone."""
         self.process.send_signal(signal.SIGINT)
-        return await self.says("summary")
+        summary = await self.says("summary")
+        async with asyncio.timeout(PATIENCE):
+            await self.process.wait()
+        return summary
 
 
 @contextlib.asynccontextmanager

@@ -93,8 +93,11 @@ async def _until_seen(args: argparse.Namespace) -> ServicesReply:
                 try:
                     async with session.connected(args) as bus:
                         reply = await session.services(bus)
-                    if reply.services:
-                        return reply
+                        if reply.services and all(
+                            [await session.heralds(bus, one.service) for one in reply.services]
+                        ):
+                            return reply
+                        last = "no server answers" if reply.services else "no service was seen"
                 except FerryError as error:
                     if error.code not in ("no_answer", "nats_unreachable"):
                         raise

@@ -11,6 +11,7 @@ import msgspec
 
 from quicferry.cli.logfile import Entry
 from quicferry.protocol import subjects
+from quicferry.protocol.agents import ArmReply, ArmRequest
 from quicferry.protocol.api import Placement, ServicesReply, ServicesRequest
 from quicferry.protocol.errors import FerryError
 
@@ -73,6 +74,18 @@ async def the_service(bus: Bus, name: str | None) -> Placement:
     what = f"There is no service {name!r}." if name else "No service is running."
     hint = f"There is: {names}." if known else "`quicferry up` starts one; it takes a moment to be seen."
     raise FerryError("unknown_service", what, hint=hint)
+
+
+async def heralds(bus: Bus, service: str) -> bool:
+    """Whether the service's wrapper answers: the server serves, and a move could begin. Changes nothing."""
+    nothing = ArmRequest(id="are-you-there", epoch=0)  # calls off a move that nobody armed
+    try:
+        await bus.request(subjects.arm(service), nothing, ArmReply, timeout=ANSWER_SECONDS)
+    except FerryError as error:
+        if error.code != "no_answer":
+            raise
+        return False
+    return True
 
 
 async def read_log(args: argparse.Namespace, migration: str) -> list[Entry]:
