@@ -1,0 +1,189 @@
+"""What both agents share: accepted at once, repeated without harm, failures as events, abort before all else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from quicferry.bus.agent import Agent
+from quicferry.bus.connection import Bus
+from quicferry.bus.log import EventLog
+from quicferry.bus.settings import NatsSettings
+from quicferry.protocol import events, subjects
+from quicferry.protocol.agents import Accepted, AgentRequest
+from quicferry.protocol.api import Address, Place
+from quicferry.protocol.errors import FerryError
+from quicferry.protocol.events import AnyEvent
+from tests.conftest import NatsServer
+
+PLACE = Place(node="n1", berth="a", address=Address(host="127.0.0.1", port=4242))
+WAIT = 20.0
+
+
+class Steps:
+    """Steps that note their calls and do as they are told."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.running = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.failure: Exception | None = None
+        self.closed = False
+
+    def _of(self, verb: str) -> events.AnyEvent:
+        kinds: dict[str, AnyEvent] = {
+            "prepare": events.TargetReady(id="m1", at_ms=1, image="i"),
+            "restore": events.Restored(id="m1", at_ms=1, restore_ms=1.0, took_ms=1.0),
+            "resume": events.Resumed(id="m1", at_ms=1, took_ms=1.0, queued=0),
+            "abort": events.TargetCleared(id="m1", at_ms=1),
+        }
+        return kinds[verb]
+
+    def step(self, verb: str) -> AsyncGenerator[AnyEvent, None]:
+        async def run() -> AsyncGenerator[AnyEvent, None]:
+            self.calls.append(verb)
+            if verb == "restore":
+                self.running.set()
+                try:
+                    await self.go_on.wait()
+                except asyncio.CancelledError:
+                    self.calls.append("cancelled")
+                    raise
+            if self.failure is not None and verb == "prepare":
+                raise self.failure
+            yield self._of(verb)
+
+        return run()
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def steps() -> Steps:
+    return Steps()
+
+
+@pytest_asyncio.fixture
+async def agent(nats_server: NatsServer, steps: Steps) -> AsyncIterator[Agent]:
+    made = Agent(
+        "restore",
+        "n1",
+        {verb: lambda _, verb=verb: steps.step(verb) for verb in subjects.RESTORE_VERBS},  # type: ignore[misc]
+        close=steps.close,
+    )
+    running = asyncio.create_task(made.run(NatsSettings.load(nats_server.url)))
+    try:
+        async with asyncio.timeout(WAIT):
+            await made.ready()
+        yield made
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        assert steps.closed
+
+
+def request(*, attempt: int = 1) -> AgentRequest:
+    return AgentRequest(id="m1", service="echo", epoch=1, source=PLACE, target=PLACE, attempt=attempt)
+
+
+async def ask(bus: Bus, verb: str, *, attempt: int = 1) -> None:
+    reply = await bus.request(subjects.restore("n1", verb), request(attempt=attempt), Accepted, timeout=5)
+    assert reply == Accepted(id="m1")
+
+
+async def seen(event_log: EventLog, *expected: str) -> list[AnyEvent]:
+    """Wait until the log holds exactly these kinds."""
+    found: list[AnyEvent] = []
+    async with asyncio.timeout(WAIT), contextlib.aclosing(event_log.follow(migration="m1")) as entries:
+        async for entry in entries:
+            found.append(entry.event)
+            if len(found) == len(expected):
+                break
+    assert [events.kind(event) for event in found] == list(expected)
+    return found
+
+
+@pytest.mark.usefixtures("agent")
+async def test_repeats_while_it_runs_and_after_it_is_done_are_one_step(
+    bus: Bus, event_log: EventLog, steps: Steps
+) -> None:
+    for _ in range(3):
+        await ask(bus, "restore")
+    await steps.running.wait()
+    steps.go_on.set()
+    await seen(event_log, "restore.restored")
+    await ask(bus, "restore")
+    await ask(bus, "restore", attempt=2)
+    await ask(bus, "resume")
+    await seen(event_log, "restore.restored", "restore.resumed")
+    assert steps.calls == ["restore", "resume"]
+
+
+@pytest.mark.usefixtures("agent")
+async def test_a_failure_is_an_event_and_only_a_later_attempt_tries_again(
+    bus: Bus, event_log: EventLog, steps: Steps
+) -> None:
+    steps.failure = FerryError("port_taken", "Taken.", hint="Free it.")
+    await ask(bus, "prepare")
+    (failed,) = await seen(event_log, "restore.failed")
+    assert isinstance(failed, events.RestoreFailed)
+    assert (failed.verb, failed.attempt, failed.error.code, failed.error.hint) == (
+        "prepare",
+        1,
+        "port_taken",
+        "Free it.",
+    )
+    await ask(bus, "prepare")
+    steps.failure = None
+    await ask(bus, "prepare", attempt=2)
+    await seen(event_log, "restore.failed", "restore.prepared")
+    assert steps.calls == ["prepare", "prepare"]
+
+
+@pytest.mark.usefixtures("agent")
+async def test_a_defect_is_told_without_its_insides(bus: Bus, event_log: EventLog, steps: Steps) -> None:
+    steps.failure = RuntimeError("secret path")
+    await ask(bus, "prepare")
+    (failed,) = await seen(event_log, "restore.failed")
+    assert isinstance(failed, events.RestoreFailed)
+    assert failed.error.code == "internal"
+    assert "secret" not in failed.error.message
+    steps.failure = None
+    await ask(bus, "prepare", attempt=2)
+    await seen(event_log, "restore.failed", "restore.prepared")
+
+
+@pytest.mark.usefixtures("agent")
+async def test_abort_cancels_what_runs_and_other_steps_wait_for_it(
+    bus: Bus, event_log: EventLog, steps: Steps
+) -> None:
+    await ask(bus, "restore")
+    await steps.running.wait()
+    await ask(bus, "resume")  # waits behind it
+    await ask(bus, "abort")
+    await seen(event_log, "restore.aborted")
+    assert steps.calls == ["restore", "cancelled", "abort"]
+
+
+async def test_events_of_a_step_that_ended_without_nats_are_published_when_it_is_back(
+    agent: Agent, nats_server: NatsServer, bus: Bus, event_log: EventLog, steps: Steps
+) -> None:
+    await ask(bus, "restore")
+    await steps.running.wait()
+    nats_server.stop()
+    steps.go_on.set()
+    agent.accept("resume", request())
+    await nats_server.start()
+    await seen(event_log, "restore.restored", "restore.resumed")
+
+
+def test_an_agent_without_a_verb_is_a_mistake() -> None:
+    steps = Steps()
+    with pytest.raises(ValueError, match="resume"):
+        Agent("restore", "n1", {"prepare": lambda _: steps.step("prepare")}, close=steps.close)
