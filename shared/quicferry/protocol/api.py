@@ -30,8 +30,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one migration is run; every limit in milliseconds."""
 
-    ack_timeout_ms: Millis = 500
-    """How long the server waits for its clients' acks."""
+    ack_timeout_ms: Millis = 2_000
+    """How long the server waits for its clients' acks; it serves meanwhile, so waiting costs no pause."""
     quiesce_timeout_ms: Millis = 1_000
     """How long applications that asked to be told may take to say it is safe to dump."""
     phase_timeout_ms: Millis = 10_000
