@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import sys
-from typing import Final
+from typing import Final, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -22,6 +24,7 @@ def configure(service: str = "") -> None:
     """
     as_json = os.environ.get("QUICFERRY_LOG", "text").lower() == "json"
     level = LEVELS.get(os.environ.get("QUICFERRY_LOG_LEVEL", "info").lower(), logging.INFO)
+    stream = cast(TextIO, _Unbreakable(sys.stderr))  # all that loggers use of one
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -45,11 +48,11 @@ def configure(service: str = "") -> None:
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         # One write a line: PrintLogger makes two of an unbuffered stream, and podman logs runs the halves together.
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
     # Libraries log through the standard module: same place, same form, only what matters.
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -59,6 +62,22 @@ def configure(service: str = "") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(level, logging.WARNING))
+
+
+class _Unbreakable(io.TextIOBase):
+    """A stream whose reader may go away: what can't be logged is lost, and nothing else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 class _Named:

@@ -175,14 +175,14 @@ class Node:
                 *((ev.AckSeen, {"client": client, "after_ms": 1.0}) for client in clients),
                 (ev.Quiesced, {"acks": len(clients), "clients": len(clients), "ready": 0, "closed": 0}),
                 (ev.SourceHeld, {"waited_ms": 2.0}),
-                (ev.Dumped, {"frozen_ms": 10.0, "pages": 5000, "image_bytes": 20_000_000, "took_ms": 12.0}),
+                (ev.Dumped, {"pages": 5000, "image_bytes": 20_000_000, "took_ms": 12.0}),
             ],
-            "checkpoint.release": [(ev.SourceGone, {})],
+            "checkpoint.release": [(ev.SourceGone, {"frozen_ms": 10.0})],
             "checkpoint.abort": [(ev.SourceBack, {})],
             "restore.prepare": [(ev.TargetReady, {"image": "sha256:1"})],
-            "restore.restore": [(ev.Restored, {"restore_ms": 10.0, "took_ms": 12.0})],
+            "restore.restore": [(ev.Restored, {"took_ms": 12.0})],
             "restore.resume": [
-                (ev.Resumed, {"took_ms": 1.0, "queued": 100}),
+                (ev.Resumed, {"took_ms": 1.0, "queued": 100, "restore_ms": 10.0}),
                 (ev.Adopted, {"outcome": "moved", "still_ms": 30.0}),
                 *(
                     (ev.ClientArrived, {"client": client, "source": "wrapper", "interruption_ms": 30.0})

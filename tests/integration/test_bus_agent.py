@@ -37,7 +37,7 @@ class Steps:
     def _of(self, verb: str) -> events.AnyEvent:
         kinds: dict[str, AnyEvent] = {
             "prepare": events.TargetReady(id="m1", at_ms=1, image="i"),
-            "restore": events.Restored(id="m1", at_ms=1, restore_ms=1.0, took_ms=1.0),
+            "restore": events.Restored(id="m1", at_ms=1, took_ms=1.0),
             "resume": events.Resumed(id="m1", at_ms=1, took_ms=1.0, queued=0),
             "abort": events.TargetCleared(id="m1", at_ms=1),
         }

@@ -52,17 +52,17 @@ def until_dumped() -> list[ev.AnyEvent]:
         at(459, ev.AckSeen, client="car-2", after_ms=4.5),
         at(460, ev.Quiesced, acks=2, clients=2, ready=1, closed=1),
         at(462, ev.SourceHeld, waited_ms=9.5),
-        at(488, ev.Dumped, frozen_ms=20.12, pages=5, image_bytes=20_971_520, took_ms=25.5, pipes={"1": "pipe:[1]"}),
+        at(488, ev.Dumped, pages=5, image_bytes=20_971_520, took_ms=25.5, pipes={"1": "pipe:[1]"}),
     ]
 
 
 def completed() -> list[ev.AnyEvent]:
     return [
         *until_dumped(),
-        at(508, ev.Restored, restore_ms=18.04, took_ms=19.5),
+        at(508, ev.Restored, took_ms=19.5),
         at(509, ev.Committed),
-        at(514, ev.Resumed, took_ms=4.5, queued=1320),
-        at(515, ev.SourceGone),
+        at(514, ev.Resumed, took_ms=4.5, queued=1320, restore_ms=18.04),
+        at(515, ev.SourceGone, frozen_ms=20.12),
         at(513, ev.Adopted, outcome="moved", still_ms=51.5),
         at(540, ev.ClientArrived, client="car-0123456789abcdef", source="wrapper", interruption_ms=56.25),
         at(541, ev.ClientArrived, client="car-2", source="application", interruption_ms=61.5),

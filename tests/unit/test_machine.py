@@ -35,10 +35,10 @@ PREPARED = (*READY, ev.Prepared(**BASE))
 ARMED = (*PREPARED, ev.Armed(**BASE, clients=2))
 ACKED = (*ARMED, ev.MigrateSent(**BASE, clients=2), ev.AckSeen(**BASE, client="c1", after_ms=1))
 HELD = (*ACKED, ev.SourceHeld(**BASE, waited_ms=3))
-DUMPED = (*HELD, ev.Dumped(**BASE, frozen_ms=20, pages=5, image_bytes=9, took_ms=22))
-RESTORED = (*DUMPED, ev.Restored(**BASE, restore_ms=18, took_ms=19))
+DUMPED = (*HELD, ev.Dumped(**BASE, pages=5, image_bytes=9, took_ms=22))
+RESTORED = (*DUMPED, ev.Restored(**BASE, took_ms=19))
 COMMITTED = (*RESTORED, ev.Committed(**BASE))
-RESUMED = (*COMMITTED, ev.Resumed(**BASE, took_ms=1, queued=0), ev.SourceGone(**BASE))
+RESUMED = (*COMMITTED, ev.Resumed(**BASE, took_ms=1, queued=0, restore_ms=18), ev.SourceGone(**BASE, frozen_ms=20))
 ARRIVED = (
     *RESUMED,
     ev.Adopted(**BASE, outcome="moved", still_ms=50),

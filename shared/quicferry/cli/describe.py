@@ -129,15 +129,17 @@ def _agent(event: ev.AnyEvent) -> str:
             return f"{ms(event.waited_ms)} after SIGTERM"
         case ev.Dumped():
             volume = f"{count(event.pages, 'page')}, {size(event.image_bytes)}"
-            return f"frozen {ms(event.frozen_ms)} of {ms(event.took_ms)}; {volume}"
+            return f"in {ms(event.took_ms)}: {volume}"
         case ev.Restored():
-            return f"CRIU {ms(event.restore_ms)} of {ms(event.took_ms)}"
+            return f"in {ms(event.took_ms)}"
         case ev.Resumed():
-            return f"took {ms(event.took_ms)}; {size(event.queued)} were waiting"
+            restored = f"; restore_time {ms(event.restore_ms)}" if event.restore_ms is not None else ""
+            return f"in {ms(event.took_ms)}; {size(event.queued)} waited{restored}"
         case ev.CheckpointFailed() | ev.RestoreFailed():
             return f"{event.verb}{_attempt(event.attempt)}: {error_line(event.error)}"
         case ev.SourceGone():
-            return "the frozen source was killed"
+            frozen = f"; frozen_time {ms(event.frozen_ms)}" if event.frozen_ms is not None else ""
+            return f"the frozen source was killed{frozen}"
         case ev.SourceBack():
             return "the source serves"
         case ev.TargetCleared():

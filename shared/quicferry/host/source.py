@@ -135,7 +135,6 @@ class Source:
         dumped = events.Dumped(
             id=self._request.id,
             at_ms=now_ms(),
-            frozen_ms=ms(took),
             pages=self._images.pages(),
             image_bytes=self._images.size_bytes(),
             took_ms=ms(took),
@@ -146,16 +145,17 @@ class Source:
 
     async def release(self) -> events.SourceGone:
         """After the commit: kill the frozen source. Safe to repeat. Raises FerryError ``criu_failed``."""
+        frozen_ms = None
         try:
             if self._criu is not None and self._server is not None:
-                await self._kill_through_criu(self._criu, self._server)
+                frozen_ms = await self._kill_through_criu(self._criu, self._server)
             else:
                 await self._kill_held()
         finally:
             await self.close()
         self._images.remove_work()
-        self._log.info("source_released")
-        return events.SourceGone(id=self._request.id, at_ms=now_ms())
+        self._log.info("source_released", frozen_ms=frozen_ms)
+        return events.SourceGone(id=self._request.id, at_ms=now_ms(), frozen_ms=frozen_ms)
 
     async def abort(self) -> events.SourceBack:
         """Before the commit: thaw the source and give it its socket back. Safe to repeat, at any stage.
@@ -216,16 +216,16 @@ class Source:
         await outlive(berth.init_pid)
         return await self._find()
 
-    async def _kill_through_criu(self, criu: CriuSession, server: Process) -> None:
+    async def _kill_through_criu(self, criu: CriuSession, server: Process) -> float | None:
+        """Kill the source; CRIU's frozen_time in milliseconds, if it dumped."""
         withheld = time.monotonic() - self._dumped_at
         if criu.withheld == "post-dump":
             await criu.finish(True, timeout=self._phase)
         if not await server.exited(EXIT_TIMEOUT):
             await server.kill()
         stats = criu_stats.read_dump(criu.work_fd)
-        if stats is not None:
-            # CRIU's clock ran on while its notification was withheld.
-            self._log.info("source_frozen", frozen_ms=ms(stats.frozen - withheld), freezing_ms=ms(stats.freezing))
+        # CRIU's clock ran on while its notification was withheld.
+        return ms(stats.frozen - withheld) if stats is not None else None
 
     async def _kill_held(self) -> None:
         with contextlib.suppress(FerryError):  # no berth, no source

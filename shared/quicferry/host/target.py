@@ -93,14 +93,11 @@ class Target:
             if int(number) in OUTPUTS
         }
         self._images.mark(RESTORE_BEGUN)
-        asked = time.monotonic()
         self._server = await self._criu.restore(inherited, timeout=self._phase)
         done = time.monotonic()
         self._dock.expect(self._server.pid)
         self._log.info("target_restored", pid=self._server.pid, took_ms=ms(done - start))
-        return events.Restored(
-            id=self._request.id, at_ms=now_ms(), restore_ms=ms(done - asked), took_ms=ms(done - start)
-        )
+        return events.Restored(id=self._request.id, at_ms=now_ms(), took_ms=ms(done - start))
 
     async def resume(self) -> events.Resumed:
         """After the commit: let it run and give it the parked socket. Safe to repeat.
@@ -140,9 +137,11 @@ class Target:
             ) from None
         took = time.monotonic() - start
         at_ms = now_ms()
-        await self._leave()
-        self._log.info("target_resumed", took_ms=ms(took), queued_bytes=queued)
-        return events.Resumed(id=self._request.id, at_ms=at_ms, took_ms=ms(took), queued=queued)
+        restore_ms = await self._leave()
+        self._log.info("target_resumed", took_ms=ms(took), queued_bytes=queued, restore_ms=restore_ms)
+        return events.Resumed(
+            id=self._request.id, at_ms=at_ms, took_ms=ms(took), queued=queued, restore_ms=restore_ms
+        )
 
     async def abort(self) -> events.TargetCleared:
         """Before the commit: leave nothing of this migration in the berth. Safe to repeat, at any stage.
@@ -207,16 +206,16 @@ class Target:
         else:
             server.close()
 
-    async def _leave(self) -> None:
-        """The target serves: end CRIU, note its figures, delete the images."""
+    async def _leave(self) -> float | None:
+        """The target serves: end CRIU, delete the images. CRIU's restore_time in milliseconds, if it restored."""
+        stats = None
         if self._criu is not None:
             if self._criu.withheld:
                 await self._criu.finish(True, timeout=self._phase)
             stats = criu_stats.read_restore(self._criu.work_fd)
-            if stats is not None:
-                self._log.info("target_rebuilt", restore_ms=ms(stats.restore), pages=stats.pages_restored)
         await self.close()
         self._images.remove()
+        return ms(stats.restore) if stats is not None else None
 
     async def _clear_berth(self) -> None:
         if self._berth is None:

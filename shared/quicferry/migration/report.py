@@ -28,6 +28,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The median over the clients, as each measured it; an application's word goes before its wrapper's."""
     worst_interruption_ms: float | None
     frozen_ms: float | None
+    """CRIU's own, as the next."""
     restore_ms: float | None
     image_bytes: int | None
     took_ms: int
@@ -46,7 +47,8 @@ def report(events: Iterable[ev.AnyEvent]) -> Report:
     outcome: str | None = None
     reason: ErrorBody | None = None
     dumped: ev.Dumped | None = None
-    restored: ev.Restored | None = None
+    frozen_ms: float | None = None
+    restore_ms: float | None = None
     for event in log:
         match event:
             case ev.MigrateSent():
@@ -55,8 +57,10 @@ def report(events: Iterable[ev.AnyEvent]) -> Report:
                 acks.add(event.client)
             case ev.Dumped():
                 dumped = event
-            case ev.Restored():
-                restored = event
+            case ev.SourceGone():
+                frozen_ms = event.frozen_ms
+            case ev.Resumed():
+                restore_ms = event.restore_ms
             case ev.ClientArrived(source="application"):
                 measured[event.client] = event.interruption_ms
             case ev.ClientArrived():
@@ -77,8 +81,8 @@ def report(events: Iterable[ev.AnyEvent]) -> Report:
         acks=len(acks),
         interruption_ms=round(statistics.median(measured.values()), 1) if measured else None,
         worst_interruption_ms=round(max(measured.values()), 1) if measured else None,
-        frozen_ms=dumped.frozen_ms if dumped else None,
-        restore_ms=restored.restore_ms if restored else None,
+        frozen_ms=frozen_ms,
+        restore_ms=restore_ms,
         image_bytes=dumped.image_bytes if dumped else None,
         took_ms=log[-1].at_ms - request.at_ms,
     )

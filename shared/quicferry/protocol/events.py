@@ -124,8 +124,6 @@ class SourceHeld(Event, tag="checkpoint.held", frozen=True, kw_only=True):
 class Dumped(Event, tag="checkpoint.dumped", frozen=True, kw_only=True):
     """The images are complete; the source is frozen, without a socket."""
 
-    frozen_ms: float
-    """CRIU's own frozen_time."""
     pages: int
     image_bytes: int
     took_ms: float
@@ -136,6 +134,9 @@ class Dumped(Event, tag="checkpoint.dumped", frozen=True, kw_only=True):
 
 class SourceGone(Event, tag="checkpoint.released", frozen=True, kw_only=True):
     """The frozen source was killed."""
+
+    frozen_ms: float | None = None
+    """CRIU's own frozen_time, less what it was kept waiting; None if this agent did not make the dump."""
 
 
 class SourceBack(Event, tag="checkpoint.aborted", frozen=True, kw_only=True):
@@ -161,9 +162,8 @@ class TargetReady(Event, tag="restore.prepared", frozen=True, kw_only=True):
 class Restored(Event, tag="restore.restored", frozen=True, kw_only=True):
     """The process is rebuilt in the target and has not run yet."""
 
-    restore_ms: float
-    """CRIU's own restore_time, or its part up to here."""
     took_ms: float
+    """From the request to CRIU to its pre-resume notification."""
 
 
 class Resumed(Event, tag="restore.resumed", frozen=True, kw_only=True):
@@ -172,6 +172,8 @@ class Resumed(Event, tag="restore.resumed", frozen=True, kw_only=True):
     took_ms: float
     queued: int
     """Bytes that were waiting in the parked socket."""
+    restore_ms: float | None = None
+    """CRIU's own restore_time; None if this agent did not restore."""
 
 
 class TargetCleared(Event, tag="restore.aborted", frozen=True, kw_only=True):
