@@ -98,7 +98,8 @@ class Session:
             if (echo := self.waiting.pop(int(line.split()[-1]), None)) is not None:
                 echo.set_result(None)
                 for pause in self.meter.good():
-                    self.say("move", **pause.fields(), echoes_sent=self.sent)
+                    counts = {"echoes_sent": self.sent, "unanswered": len(self.waiting)}
+                    self.say("move", **pause.fields(), **counts, handshakes=self.connection.handshakes)
         for echo in self.waiting.values():  # the server ended the stream, or the connection is over
             if self.connection.over and not echo.done():
                 echo.set_exception(ConnectionResetError(self.connection.close_reason or "the connection ended"))

@@ -25,6 +25,7 @@ from quicferry.protocol import subjects
 from quicferry.protocol.api import CancelReply, CancelRequest, MigrateReply, MigrateRequest, Options
 from quicferry.protocol.errors import FerryError
 from tests.e2e.moving import PATIENCE, Capture, System
+from tests.readme import python_blocks
 
 PROJECT = Path(__file__).resolve().parents[2]
 INDEPENDENT = PROJECT / "tests" / "independent_client.py"
@@ -280,6 +281,17 @@ async def test_a_move_that_is_too_slow_rolls_back_with_every_session(system: Sys
         told, _ = await system.move()
         assert told.outcome == "completed"
         await client.echoes(20)
+
+
+async def test_the_ten_lines_of_the_readme_move_a_server(system: System) -> None:
+    await system.services()
+    lines = python_blocks()[0].replace("nats://127.0.0.1:4222", system.nats)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", lines, stdout=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(PATIENCE):
+        said, _ = await process.communicate()
+    assert process.returncode == 0
+    assert b"decision.requested" in said.splitlines()[0]
+    assert b"decision.completed" in said.splitlines()[-1]
 
 
 async def test_the_servers_log_follows_it_and_images_are_gone(system: System) -> None:

@@ -87,8 +87,8 @@ def test_the_schema_and_the_decoder_agree_on_names() -> None:
 
 
 def test_examples_in_the_documentation_are_messages() -> None:
-    """Each JSON block in docs/nats.md that is preceded by a comment naming its schema decodes as that message."""
-    page = (ROOT / "docs/nats.md").read_text(encoding="utf-8")
+    """Each JSON block in docs/protocol.md that is preceded by a comment naming its schema decodes as that message."""
+    page = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
     examples = re.findall(r"<!-- (\w+) -->\n```json\n(.*?)```", page, re.DOTALL)
     assert len(examples) >= 12
     for name, text in examples:
@@ -100,7 +100,7 @@ def test_examples_in_the_documentation_are_messages() -> None:
 
 
 def test_the_documentation_names_every_event_and_subject() -> None:
-    page = (ROOT / "docs/nats.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
     for event in messages_of(events):
         assert f"`{event.__struct_config__.tag}`" in page
     for verb in ("prepare", "pre_dump", "dump", "release", "abort", "restore", "resume"):

@@ -122,12 +122,12 @@ async def _demo(args: argparse.Namespace, out: Output, traces: Path) -> Result:
         async with _Client.started(command, environment) as car:
             await car.heard("connected")
             began_ms = time.time() * 1000
-            for number in range(1, args.moves + 1):
+            for _ in range(args.moves):
                 await asyncio.sleep(BETWEEN)  # the client pings all the while
                 reports.append(await _move(bus, service.service))
                 if reports[-1].outcome != "completed":
                     break
-                _show(out, number, reports[-1], await car.heard(reports[-1].id))
+                _show(out, reports[-1], await car.heard(reports[-1].id))
             await asyncio.sleep(BETWEEN)
             summary = await car.stop()
     return _result(reports, summary, car.said, traces, began_ms)
@@ -148,11 +148,12 @@ async def _move(bus: Bus, service: str) -> Report:
     return report(seen)
 
 
-def _show(out: Output, number: int, move: Report, seen: Mapping[str, Any]) -> None:
+def _show(out: Output, move: Report, seen: Mapping[str, Any]) -> None:
     out.line(
-        f"move {number}  {describe.place(move.source)} to {describe.place(move.target)}  ",
-        Cell(f"{seen.get('interruption_ms', 0):.1f} ms", "bold"),
-        f"  acks {move.acks}/{move.clients}  frozen {move.frozen_ms:.1f}  restore {move.restore_ms:.1f} ms",
+        f"{move.source.berth} to {move.target.berth}: ",
+        Cell(f"{seen['interruption_ms']:.1f} ms", "bold"),
+        f", acks {move.acks}/{move.clients}, lost {seen['unanswered']}, handshakes {seen['handshakes']}, "
+        f"frozen {move.frozen_ms or 0:.1f}, restore {move.restore_ms or 0:.1f} ms",
     )
 
 
