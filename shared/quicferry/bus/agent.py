@@ -133,7 +133,7 @@ class Agent:
 
     async def _carry_out(self, run: _Run, before: list[_Run], verb: str, request: AgentRequest) -> None:
         start = time.monotonic()
-        bound = log.bind(migration=request.id, verb=verb, attempt=request.attempt)
+        bound = log.bind(id=request.id, verb=verb, attempt=request.attempt)
         try:
             if verb == "abort":
                 await self._cancel(before)
@@ -178,7 +178,7 @@ class Agent:
                 await event_log.append(event)
             except FerryError as error:
                 # Not kept for ever: the coordinator repeats the request, and the repeat publishes again.
-                log.error("event_unpublished", migration=event.id, kind=kind(event), error=str(error))
+                log.error("event_unpublished", id=event.id, kind=kind(event), error=str(error))
             finally:
                 self._unpublished.task_done()
 

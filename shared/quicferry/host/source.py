@@ -49,7 +49,7 @@ class Source:
         """SIGTERM was sent."""
         self._rounds = 0
         self._dumped_at = 0.0
-        self._log = log.bind(migration=request.id, berth=request.source.berth)
+        self._log = log.bind(id=request.id, berth=request.source.berth)
 
     async def prepare(self) -> events.SourceReady:
         """Find the server, start CRIU in its berth and wait for its socket. Nothing is touched yet.

@@ -46,7 +46,7 @@ class Target:
         self._server: Process | None = None
         self._criu: CriuSession | None = None
         self._dock: Dock | None = None
-        self._log = log.bind(migration=request.id, berth=request.target.berth)
+        self._log = log.bind(id=request.id, berth=request.target.berth)
 
     async def prepare(self) -> events.TargetReady:
         """Bind the parked socket in the empty berth and start CRIU there.
