@@ -35,7 +35,10 @@ class RestoreSteps:
         self._targets[request.id] = target
 
     async def restore(self, request: AgentRequest) -> Events:
-        yield await self._target(request).restore()
+        target = self._target(request)
+        await target.images_complete()
+        yield await target.restore()
+        await target.stand_by()
 
     async def resume(self, request: AgentRequest) -> Events:
         target = self._target(request)

@@ -137,6 +137,7 @@ async def test_abort_after_the_dump_brings_the_source_back_with_its_queue(port: 
             await ends.source.hold()
             await ends.source.dump()
             await ends.target.restore()
+            await ends.target.stand_by()
             await asyncio.gather(ends.target.resume(), ends.source.release())
         assert await client.ask(there, "after") == 4
 
@@ -206,6 +207,7 @@ async def main():
     await source.dump()
     if upto == "restored":
         await target.restore()
+        await target.stand_by()
     print("READY", flush=True)
     await asyncio.Event().wait()
 
@@ -323,6 +325,26 @@ async def test_a_target_whose_restored_process_is_gone_is_restored_again(port: H
         await ends.source.close()
     with EchoClient() as client:
         assert await client.ask(there, "from the images") == 1
+
+
+async def test_a_restore_that_breaks_after_it_was_reported_is_done_again(port: Harbour, podman: Podman) -> None:
+    """The commit may be written by then: the images are still there, and forward is the only way."""
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    async with Ends(port, podman, here, there) as ends:
+        await ends.source.hold()
+        await ends.source.dump()
+        await ends.target.restore()
+        (broken,) = ends.target._criu.restored()  # type: ignore[union-attr]
+        with broken:
+            assert await broken.kill()
+        with pytest.raises(FerryError) as refused:
+            await ends.target.stand_by()
+        assert refused.value.code == "criu_failed"
+        with EchoClient() as client:
+            client.send(there, "queued all the while")
+            await asyncio.gather(ends.target.resume(), ends.source.release())
+            assert (await client.answer())[2] == "queued all the while"
+    assert images_left(port) == []
 
 
 async def test_a_server_that_does_not_park_refuses_the_hold_and_serves_on(

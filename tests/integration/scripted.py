@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal
 
@@ -83,6 +83,7 @@ class Node:
         self.occupied = "a"
         self.clients = ["car-1", "car-2"]
         self._recovered = asyncio.Event()
+        self._dumped: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._bus = bus
         self._log = event_log
         self._registry = registry
@@ -143,6 +144,8 @@ class Node:
 
     async def _step(self, request: AgentRequest, agent: str, verb: str) -> None:
         name = f"{agent}.{verb}"
+        if name == "restore.restore":  # asked for ahead, it waits for the images
+            await self._dumped[request.id].wait()
         if before := self.before.pop(name, None):
             await before()
         match self.behave.get(name, "work"):
@@ -160,6 +163,8 @@ class Node:
                 self.occupied = request.target.berth
         for kind, fields in self._events(name, request):
             await self._log.append(kind(id=request.id, at_ms=now_ms(), **fields))
+        if name == "checkpoint.dump":
+            self._dumped[request.id].set()
         if name in ("restore.resume", "checkpoint.release", "checkpoint.abort"):
             await self.report(request.source.berth, request.target.berth)
 

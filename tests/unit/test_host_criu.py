@@ -158,14 +158,14 @@ async def test_pre_dump_needs_a_kernel_that_tracks_memory(session: CriuSession, 
 
 
 async def test_a_restore_passes_the_streams_and_stops_before_it_runs(session: CriuSession, criu: Criu) -> None:
-    criu.withhold("pre-resume")
+    criu.withhold("post-restore")
     # Nothing was restored here, so the count is wrong; the request has been made by then.
     with pytest.raises(FerryError, match="0 process trees"):
         await session.restore({"pipe:[7]": 9}, timeout=5)
     request = await criu.hear()
     assert request.type == rpc.RESTORE
     assert [(one.key, one.fd) for one in request.opts.inherit_fd] == [("pipe:[7]", 9)]
-    assert session.withheld == "pre-resume"
+    assert session.withheld == "post-restore"
 
 
 async def test_closing_twice_is_fine_and_leaves_no_descriptor(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ def names(commands: list[Command]) -> list[str]:
         ((), Phase.PREPARING, ["checkpoint.prepare", "restore.prepare", "StartTimer"]),
         (READY, Phase.PREPARING, ["prepared"]),
         (PREPARED, Phase.ARMING, ["server.arm", "StartTimer"]),
-        (ARMED, Phase.DUMPING, ["checkpoint.dump", "StartTimer"]),
+        (ARMED, Phase.DUMPING, ["restore.restore", "checkpoint.dump", "StartTimer"]),
         (HELD, Phase.DUMPING, []),
-        (DUMPED, Phase.RESTORING, ["restore.restore", "StartTimer"]),
+        (DUMPED, Phase.RESTORING, ["StartTimer"]),
         (RESTORED, Phase.COMMITTING, ["committed", "StopTimer"]),
         (COMMITTED, Phase.RESUMING, ["restore.resume", "checkpoint.release", "Place", "StartTimer"]),
         (RESUMED, Phase.SETTLING, ["StartTimer"]),
@@ -286,3 +286,12 @@ def test_it_can_always_be_brought_to_an_end(script: list[ev.AnyEvent]) -> None:
             state, _ = handle(state, reply)
     assert state.outcome is not None
     assert Unlock() in wanted(state)
+
+
+def test_a_restore_that_is_reported_before_its_dump_commits_only_after_it() -> None:
+    """Two agents write into the log: whose word comes first is not theirs to say."""
+    state, commands = run(*HELD, ev.Restored(**BASE, took_ms=19))
+    assert (state.phase, commands) == (Phase.DUMPING, [])
+    state, commands = handle(state, DUMPED[-1])
+    assert state.phase is Phase.COMMITTING
+    assert names(commands) == ["committed", "StopTimer"]

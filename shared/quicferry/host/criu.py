@@ -141,7 +141,7 @@ class CriuSession:
         await self._until("post-dump", self._acknowledgement(True), timeout)
 
     async def restore(self, inherited: Mapping[str, int], *, timeout: float) -> Process:
-        """Rebuild the process from the images, up to ``pre-resume``: it is whole and has not run.
+        """Rebuild the process from the images, up to ``post-restore``: it is whole and has not run.
 
         ``inherited``: what CRIU shall connect instead of an outside object of that key, by descriptor of
         ``streams``. Returns the restored root process; the caller closes it.
@@ -151,7 +151,7 @@ class CriuSession:
         request.opts.notify_scripts = True
         for key, fd in inherited.items():
             request.opts.inherit_fd.add(key=key, fd=fd)
-        await self._until("pre-resume", request, timeout)
+        await self._until("post-restore", request, timeout)
         restored = self.restored()
         if len(restored) != 1:
             for process in restored:
@@ -171,8 +171,8 @@ class CriuSession:
     async def finish(self, ok: bool, *, until: str = "", timeout: float) -> None:
         """Acknowledge the withheld notification and see the request through, or up to ``until``.
 
-        At ``post-dump``: True kills the source, False thaws it. At ``pre-resume``: True lets the target
-        run; False would let it run too, so abort a restore with :meth:`kill_restored`.
+        At ``post-dump``: True kills the source, False thaws it. At ``post-restore`` and ``pre-resume``: True goes
+        on, and past the latter lets the target run; abort a restore with :meth:`kill_restored`.
         """
         try:
             await self._until(until, self._acknowledgement(ok), timeout)

@@ -24,6 +24,8 @@ DEFAULT_ROOT: Final = Path("/var/lib/quicferry/images")
 HEADROOM: Final = 1.25
 """Images are a little larger than the resident memory: page maps, descriptors, mappings."""
 MARGIN_BYTES: Final = 16 * 1024 * 1024
+COMPLETE: Final = "complete"
+"""The FIFO through which the source tells the target that the images are complete."""
 
 Side = Literal["source", "target"]
 
@@ -72,6 +74,25 @@ class Images:
         """A descriptor of the directory, inheritable by CRIU once passed on; the caller closes it."""
         folder = self.path if which == "images" else self.work
         return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def listen_for_complete(self) -> int:
+        """For the target: a descriptor that becomes readable once :meth:`tell_complete` was called.
+
+        A FIFO (fifo(7)): the word is there in tens of microseconds, and waits if nobody reads yet.
+        """
+        fifo = self.path / COMPLETE
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(fifo, 0o600)
+        return os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def tell_complete(self) -> None:
+        """For the source: the images are complete. Says it to nobody if no target listens."""
+        with contextlib.suppress(OSError):
+            fifo = os.open(self.path / COMPLETE, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                os.write(fifo, b"1")
+            finally:
+                os.close(fifo)
 
     def size_bytes(self) -> int:
         """What the images take."""

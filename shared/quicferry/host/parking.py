@@ -214,7 +214,7 @@ class Dock:
                 # A non-blocking accept(2) says so of a shut down listener too, while epoll calls it ready.
                 if self._stopped:
                     return
-                await _readable(self._listener)
+                await readable(self._listener)
                 continue
             with connection:
                 connection.setblocking(False)
@@ -269,7 +269,7 @@ async def _receive_line(connection: socket.socket) -> tuple[bytes, list[socket.s
     received: list[socket.socket] = []
     try:
         while not line.endswith(b"\n"):
-            await _readable(connection)
+            await readable(connection)
             try:
                 data, fds, _, _ = socket.recv_fds(connection, handover.MAX_LINE_BYTES, 4, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
@@ -287,14 +287,15 @@ async def _receive_line(connection: socket.socket) -> tuple[bytes, list[socket.s
     return line, received
 
 
-async def _readable(connection: socket.socket) -> None:
+async def readable(file: socket.socket | int) -> None:
+    """Until ``file``, a socket or a descriptor, has something to read. Bound it with asyncio.timeout."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(connection, lambda: None if ready.done() else ready.set_result(None))
+    loop.add_reader(file, lambda: None if ready.done() else ready.set_result(None))
     try:
         await ready
     finally:
-        loop.remove_reader(connection)
+        loop.remove_reader(file)
 
 
 def _grow(udp: socket.socket) -> None:

@@ -47,7 +47,10 @@ class Source:
         self._dock: Dock | None = None
         self._told = False
         """SIGTERM was sent."""
+        self._dump: asyncio.Task[None] | None = None
         self._rounds = 0
+        self._pipes: dict[str, str] = {}
+        self._held_at = 0.0
         self._dumped_at = 0.0
         self._log = log.bind(id=request.id, berth=request.source.berth)
 
@@ -95,6 +98,8 @@ class Source:
         await criu.begin_dump(server.berth_pid, rounds=self._rounds, timeout=self._phase)
         options = self._request.options
         limit = (options.ack_timeout_ms + options.quiesce_timeout_ms) / 1e3 + HOLD_MARGIN
+        self._pipes = processes.outer_pipes(server.pid)
+        self._images.write_manifest(Manifest(pipes=self._pipes, boot_id=boot_id()))
         start = time.monotonic()
         self._told = True
         if not server.signal(signal.SIGTERM):
@@ -103,12 +108,15 @@ class Source:
         gone = asyncio.create_task(server.exited(limit))
         try:
             await asyncio.wait({parked, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if dock.parked:
+                # At once: the clients' pause has begun.
+                self._held_at = time.monotonic()
+                self._dump = asyncio.create_task(self._dump_images(criu), name=f"dump {self._request.id}")
         finally:
             for task in (parked, gone):
                 task.cancel()
             await asyncio.gather(parked, gone, return_exceptions=True)
-        waited = time.monotonic() - start
-        if not dock.parked:
+        if self._dump is None:
             if not server.alive:
                 raise FerryError(
                     "server_gone",
@@ -120,25 +128,26 @@ class Source:
                 f"The server did not give up its socket within {limit:g} s.",
                 hint="Its log says why; a blocked event loop can't answer SIGTERM.",
             )
-        self._log.info("source_held", waited_ms=ms(waited))
+        waited = self._held_at - start
         return events.SourceHeld(id=self._request.id, at_ms=now_ms(), waited_ms=ms(waited))
 
     async def dump(self) -> events.Dumped:
-        """Freeze and dump the held server; it stays frozen. Raises FerryError ``criu_failed``, ``phase_timeout``."""
-        criu, server, _ = self._ready()
-        start = time.monotonic()
-        await criu.dump(timeout=self._phase)
-        self._dumped_at = time.monotonic()
-        took = self._dumped_at - start
-        pipes = processes.outer_pipes(server.pid)
-        self._images.write_manifest(Manifest(pipes=pipes, boot_id=boot_id()))
+        """See the dump through that :meth:`hold` began; the source stays frozen.
+
+        Raises FerryError ``criu_failed``, ``phase_timeout``.
+        """
+        self._ready()
+        if self._dump is None:
+            raise FerryError("internal", "There is no dump without a hold.")
+        await self._dump
+        took = self._dumped_at - self._held_at
         dumped = events.Dumped(
             id=self._request.id,
             at_ms=now_ms(),
             pages=self._images.pages(),
             image_bytes=self._images.size_bytes(),
             took_ms=ms(took),
-            pipes=pipes,
+            pipes=self._pipes,
         )
         self._log.info("source_dumped", took_ms=ms(took), pages=dumped.pages, image_bytes=dumped.image_bytes)
         return dumped
@@ -181,6 +190,7 @@ class Source:
 
     async def close(self) -> None:
         """Let go of everything; a frozen source is thawed, but stays mute. Safe to repeat."""
+        await self._end_dump()
         if self._criu is not None:
             await self._criu.close()
             self._criu = None
@@ -190,6 +200,18 @@ class Source:
         if self._server is not None:
             self._server.close()
             self._server = None
+
+    async def _end_dump(self) -> None:
+        if self._dump is not None:
+            self._dump.cancel()
+            await asyncio.gather(self._dump, return_exceptions=True)
+            self._dump = None
+
+    async def _dump_images(self, criu: CriuSession) -> None:
+        """Freeze and dump, and tell a target that waits for the images."""
+        await criu.dump(timeout=self._phase)
+        self._dumped_at = time.monotonic()
+        self._images.tell_complete()
 
     @property
     def _phase(self) -> float:
@@ -237,6 +259,7 @@ class Source:
                         await server.kill()
 
     async def _thaw(self) -> None:
+        await self._end_dump()
         if self._criu is not None:
             if self._criu.withheld:
                 await self._criu.finish(False, timeout=self._phase)

@@ -15,7 +15,7 @@ from quicferry.host import criu_stats, processes
 from quicferry.host.berths import BerthFacts
 from quicferry.host.criu import CriuSession, outlive
 from quicferry.host.images import Images, boot_id
-from quicferry.host.parking import Dock, bind_parked
+from quicferry.host.parking import Dock, bind_parked, readable
 from quicferry.host.podman import Podman
 from quicferry.host.processes import Process
 from quicferry.host.source import ADOPT_TIMEOUT, ms, now_ms
@@ -46,6 +46,8 @@ class Target:
         self._server: Process | None = None
         self._criu: CriuSession | None = None
         self._dock: Dock | None = None
+        self._complete = -1
+        """Readable once the images are complete."""
         self._log = log.bind(id=request.id, berth=request.target.berth)
 
     async def prepare(self) -> events.TargetReady:
@@ -65,7 +67,8 @@ class Target:
                 hint="Nothing but a server may run there; restart the berth.",
             )
         self._images.create()
-        self._dock = self._open_dock(berth)
+        self._complete = self._images.listen_for_complete()
+        self._dock = self._dock or self._open_dock(berth)
         outputs = [os.open(f"/proc/{berth.init_pid}/fd/{number}", os.O_WRONLY | os.O_CLOEXEC) for number in OUTPUTS]
         try:
             self._criu = await CriuSession.start(berth.init_pid, self._images, cgroup_of=berth, streams=outputs)
@@ -75,8 +78,26 @@ class Target:
         self._log.info("target_ready", port=berth.port, criu=".".join(map(str, self._criu.version)))
         return events.TargetReady(id=self._request.id, at_ms=now_ms(), image=berth.image)
 
+    async def images_complete(self) -> None:
+        """Until the source's dump is done: asked for ahead, the restore begins without a word from anybody else.
+
+        Raises FerryError ``phase_timeout``.
+        """
+        options = self._request.options
+        limit = (options.ack_timeout_ms + options.quiesce_timeout_ms) / 1e3 + 2 * self._phase
+        if self._complete < 0:
+            return
+        try:
+            async with asyncio.timeout(limit):
+                await readable(self._complete)
+        except TimeoutError:
+            raise FerryError("phase_timeout", f"No images came within {limit:g} s.") from None
+
     async def restore(self) -> events.Restored:
-        """Rebuild the process; it does not run yet. Raises FerryError ``criu_failed``, ``phase_timeout``."""
+        """Rebuild the process; it does not run yet, and :meth:`stand_by` is still to come.
+
+        Raises FerryError ``criu_failed``, ``phase_timeout``.
+        """
         if self._criu is None or self._dock is None:
             raise FerryError(
                 "internal",
@@ -96,8 +117,39 @@ class Target:
         self._server = await self._criu.restore(inherited, timeout=self._phase)
         done = time.monotonic()
         self._dock.expect(self._server.pid)
-        self._log.info("target_restored", pid=self._server.pid, took_ms=ms(done - start))
         return events.Restored(id=self._request.id, at_ms=now_ms(), took_ms=ms(done - start))
+
+    async def stand_by(self) -> None:
+        """Take the restored process through CRIU's last stage, up to the point before it runs.
+
+        This goes on while the commit is written; safe to repeat. If it fails, what was restored is killed, and :meth:`resume`
+        restores again. Raises FerryError ``criu_failed``, ``phase_timeout``.
+        """
+        if self._criu is None or self._server is None or self._criu.withheld != "post-restore":
+            return
+        try:
+            await self._last_stage(self._criu, self._server)
+        except FerryError:
+            await self._criu.kill_restored()
+            self._criu = None
+            self._server.close()
+            self._server = None
+            raise
+        self._log.info("target_restored", pid=self._server.pid)
+
+    async def _last_stage(self, criu: CriuSession, server: Process) -> None:
+        # CRIU waits for ever for a task that was killed under its hands, so look at that too.
+        stage = asyncio.create_task(criu.finish(True, until="pre-resume", timeout=self._phase))
+        gone = asyncio.create_task(server.exited(self._phase))
+        try:
+            await asyncio.wait({stage, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not stage.done():
+                raise FerryError("criu_failed", "The restored server died before it could run.")
+            stage.result()
+        finally:
+            for task in (stage, gone):
+                task.cancel()
+            await asyncio.gather(stage, gone, return_exceptions=True)
 
     async def resume(self) -> events.Resumed:
         """After the commit: let it run and give it the parked socket. Safe to repeat.
@@ -106,6 +158,7 @@ class Target:
         Raises FerryError ``criu_failed``, ``hold_refused`` if the target does not take the socket.
         """
         start = time.monotonic()
+        await self.stand_by()
         if self._server is None or self._dock is None:
             await self._catch_up()
         server, dock = self._server, self._dock
@@ -123,11 +176,12 @@ class Target:
                 epoch=self._request.epoch,
             )
         )
+        queued = dock.queued_bytes
+        # Before it runs: held, it blocks the signal and finds it waiting, a round trip to CRIU sooner.
+        if not server.signal(signal.SIGUSR2):
+            raise FerryError("server_gone", "The restored server is gone.", hint="The berth's log says why.")
         if self._criu is not None and self._criu.withheld == "pre-resume":
             await self._criu.finish(True, until="post-resume", timeout=self._phase)
-        queued = dock.queued_bytes
-        if not server.signal(signal.SIGUSR2):
-            raise FerryError("server_gone", "The restored server exited at once.", hint="The berth's log says why.")
         try:
             async with asyncio.timeout(ADOPT_TIMEOUT):
                 await dock.wait_adopted()
@@ -171,6 +225,9 @@ class Target:
         if self._server is not None:
             self._server.close()
             self._server = None
+        if self._complete >= 0:
+            os.close(self._complete)
+            self._complete = -1
 
     @property
     def _phase(self) -> float:
@@ -198,10 +255,11 @@ class Target:
         if server is None:
             await self.prepare()
             await self.restore()
+            await self.stand_by()
         elif processes.is_held(server.pid):
             # CRIU let it go when the agent died; the socket and its queue died too, so a new one it is.
             self._server = server
-            self._dock = self._open_dock(berth)
+            self._dock = self._dock or self._open_dock(berth)
             self._dock.expect(server.pid)
         else:
             server.close()

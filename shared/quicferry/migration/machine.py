@@ -95,10 +95,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             return Phase.SETTLING if self.resumed and self.released else Phase.RESUMING
         if self.reason is not None:
             return Phase.ABORTING
-        if self.restored:
-            return Phase.COMMITTING
         if self.dumped:
-            return Phase.RESTORING
+            return Phase.COMMITTING if self.restored else Phase.RESTORING
         if self.armed:
             return Phase.DUMPING
         if self.prepared:
@@ -153,7 +151,9 @@ def wanted(state: State) -> list[Command]:
             return [ArmServer(), _timer_for(state, limit)]
         case Phase.DUMPING:
             waits = (options.ack_timeout_ms + options.quiesce_timeout_ms) / 1000
-            return [CallAgent(agent="checkpoint", verb="dump"), _timer_for(state, waits + limit)]
+            # The restore is asked for ahead: the target waits for the images itself, and loses no time to us.
+            ahead: list[Command] = [] if state.restored else [CallAgent(agent="restore", verb="restore")]
+            return [*ahead, CallAgent(agent="checkpoint", verb="dump"), _timer_for(state, waits + limit)]
         case Phase.RESTORING:
             return [CallAgent(agent="restore", verb="restore"), _timer_for(state, limit)]
         case Phase.COMMITTING:
