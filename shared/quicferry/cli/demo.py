@@ -126,6 +126,7 @@ async def _demo(args: argparse.Namespace, out: Output, traces: Path) -> Result:
                 await asyncio.sleep(BETWEEN)  # the client pings all the while
                 reports.append(await _move(bus, service.service))
                 if reports[-1].outcome != "completed":
+                    _explain(out, reports[-1])
                     break
                 _show(out, reports[-1], await car.heard(reports[-1].id))
             await asyncio.sleep(BETWEEN)
@@ -155,6 +156,13 @@ def _show(out: Output, move: Report, seen: Mapping[str, Any]) -> None:
         f", acks {move.acks}/{move.clients}, lost {seen['unanswered']}, handshakes {seen['handshakes']}, "
         f"frozen {move.frozen_ms or 0:.1f}, restore {move.restore_ms or 0:.1f} ms",
     )
+
+
+def _explain(out: Output, move: Report) -> None:
+    out.line(Cell(describe.verdict(move), "bold red"))
+    if move.reason is not None:
+        out.line(f"  why: {describe.error_line(move.reason)}")
+        out.line(f"  what to do: {move.reason.hint or 'quicferry doctor looks at the machine'}")
 
 
 def _result(
