@@ -3,13 +3,16 @@
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo bench test lint clean
 
 setup: ## install what is missing, make .venv, build the image if its inputs changed
 	@containers/setup
 
 demo: setup ## move a server from berth A to B and back under a pinging client
 	@$(SUDO) $(BIN)/quicferry demo
+
+bench: setup ## the pause in figures, beside the alternatives; BENCH takes flags, such as BENCH="--quick"
+	@$(SUDO) $(BIN)/quicferry bench $(BENCH)
 
 test: lint ## everything, the real moves included
 	@$(SUDO) $(BIN)/python -m pytest

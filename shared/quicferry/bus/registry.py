@@ -96,6 +96,16 @@ class Registry:
         except nats.js.errors.KeyWrongLastSequenceError:
             raise FerryError("log_conflict", f"The placement of {placement.service} has changed meanwhile.") from None
 
+    async def forget(self, service: str) -> None:
+        """Forget a service that is gone for good, and its berths. An agent that still sees one reports it again."""
+        for berth in await self.berths():
+            if berth.service == service:
+                key = subjects.berth_key(berth.node, berth.berth)
+                async with self._using(subjects.BERTH_BUCKET, key):
+                    await self._berths.delete(key)
+        async with self._using(subjects.PLACEMENT_BUCKET, service):
+            await self._placements.delete(service)
+
     async def lock(self, service: str, migration: str) -> bool:
         """Take the service's lock for ``migration``; False if another migration has it, True if this one does."""
         lock = Lock(id=migration, at_ms=time.time_ns() // 1_000_000)

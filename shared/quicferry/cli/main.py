@@ -20,7 +20,7 @@ from quicferry.cli.exits import Exit, ExitError
 from quicferry.cli.output import Output
 from quicferry.protocol.errors import FerryError
 
-MODULES: Final = ("lifecycle", "doctor", "migrate", "query", "history", "client", "demo")
+MODULES: Final = ("lifecycle", "doctor", "migrate", "query", "history", "client", "demo", "bench")
 """Each has ``add_parsers(commands, parents)``; a parser's default ``run(args, output)`` returns the exit code."""
 
 ENVIRONMENT: Final[dict[str, str]] = {

@@ -32,6 +32,8 @@ class Windows(msgspec.Struct):
     """1 once a handshake packet was received; a second handshake would be a second connection."""
     last_handshake_at: float = 0.0
     """When the last packet with a long header (RFC 9000, 17.2) was sent or received."""
+    lost: int = 0
+    """Packets declared lost (RFC 9002, 6): what was in them is sent again."""
     timeline: deque[tuple[float, int]] = msgspec.field(default_factory=lambda: deque(maxlen=KEPT_WINDOWS))
     """(time, congestion window in bytes), one a change."""
 
@@ -44,6 +46,8 @@ class Windows(msgspec.Struct):
                 self.last_handshake_at = at
                 if kind == "handshake" and name == "transport:packet_received":
                     self.handshakes = 1
+        elif name == "recovery:packet_lost":
+            self.lost += 1
         elif (
             name == "recovery:metrics_updated"
             and "cwnd" in data

@@ -1,0 +1,1 @@
+"""The benchmark: moves under load beside the alternatives, measured from the client. docs/performance.md reads it."""
