@@ -5,6 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from quicferry import lean
+
+# structlog would load rich to print tracebacks, which ours never does, and msgspec typing_extensions for Pythons
+# older than ours: together a sixth of an echo server's memory. Import structlog first to have it whole.
+with lean.without("rich", "typing_extensions"):
+    import msgspec  # noqa: F401
+    import structlog  # noqa: F401
+
 if TYPE_CHECKING:
     from quicferry.app import Connection, Meter, Migration, Pause, Policy, connect, ensure_certificate, serve
     from quicferry.protocol.errors import FerryError
