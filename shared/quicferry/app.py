@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -17,18 +18,18 @@ from quicferry.protocol.agents import ArmRequest
 from quicferry.protocol.api import Address
 from quicferry.protocol.errors import FerryError
 from quicferry.protocol.events import AnyEvent
-from quicferry.quic import certificates
-from quicferry.quic.client import Connection, connect
+from quicferry.quic.certificates import ensure as ensure_certificate
 from quicferry.quic.herald import Herald
-from quicferry.quic.meter import Meter, Pause
-from quicferry.quic.migration import Migration
 from quicferry.quic.mover import QuiesceHook, ResumeHook
-from quicferry.quic.policy import Policy
 from quicferry.quic.server import ALPN, Handler, MigratableServer, server_configuration
 
 if TYPE_CHECKING:
     from quicferry.bus.log import EventLog
     from quicferry.bus.settings import NatsSettings
+    from quicferry.quic.client import Connection, connect
+    from quicferry.quic.meter import Meter, Pause
+    from quicferry.quic.migration import Migration
+    from quicferry.quic.policy import Policy
 
 __all__ = [
     "BusHerald",
@@ -44,12 +45,26 @@ __all__ = [
 
 log = structlog.get_logger(__name__)
 
-ensure_certificate = certificates.ensure
-
+CLIENTS: Final = {
+    "Connection": "client",
+    "Meter": "meter",
+    "Migration": "migration",
+    "Pause": "meter",
+    "Policy": "policy",
+    "connect": "client",
+}
+"""What only clients use, and the module of ``quicferry.quic`` that it comes from."""
 RETRY_EVERY: Final = 1.0
 """Seconds between two attempts to use a NATS that answers but refuses."""
 THREADS_GONE: Final = 0.2
 """Seconds idle helper threads have to end before a dump."""
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up when first used (PEP 562): a server that holds no client is less to dump.
+    if name not in CLIENTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"quicferry.quic.{CLIENTS[name]}"), name)
 
 
 async def serve(

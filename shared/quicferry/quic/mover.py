@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Protocol
@@ -105,7 +105,7 @@ class Mover:
             self._start(Move(request.id, target, request.epoch, request.options))
             return True
         if self._migrate_to is not None:
-            self._start(Move(f"sigterm-{uuid.uuid4().hex[:12]}", self._migrate_to, 0, Options(), by_hand=True))
+            self._start(Move(f"sigterm-{secrets.token_hex(6)}", self._migrate_to, 0, Options(), by_hand=True))
             return True
         return False
 
