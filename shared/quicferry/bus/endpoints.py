@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
@@ -16,6 +15,7 @@ from nats.micro import add_service
 from nats.micro.request import Handler, Request
 from nats.micro.service import EndpointStats, Service, ServiceConfig
 
+from quicferry import lean
 from quicferry.bus.connection import Bus
 from quicferry.protocol import wire
 from quicferry.protocol.api import ErrorReply
@@ -64,7 +64,7 @@ async def serve(
         bus.nats,
         ServiceConfig(
             name=name,
-            version=_version(),
+            version=lean.version("quicferry"),
             description=description,
             metadata=dict(metadata or {}),
             queue_group=queue_group,
@@ -137,10 +137,3 @@ async def _refuse(request: Request, error: FerryError) -> None:
         "Nats-Service-Error-Code": error.code,
     }
     await _respond(request, wire.encode(ErrorReply(error=error.body())), headers)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("quicferry")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
-        return "0.0.0"
