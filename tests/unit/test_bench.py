@@ -130,7 +130,7 @@ async def test_variants_take_turns_and_one_failure_is_told_and_made_up_for() -> 
 
 async def test_a_variant_that_keeps_failing_ends_the_run_and_all_are_closed() -> None:
     variants = [Scripted("ferry", []), Scripted("reconnect", [], failures=9)]
-    with pytest.raises(FerryError, match="reconnect: .*told to"):
+    with pytest.raises(FerryError, match=r"reconnect: .*told to"):
         await interleaved(variants, Plan(moves=1), lambda _: None)
     assert [variant.closed for variant in variants] == [1, 1]
 

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 import quicferry
+import quicferry.logging
 from quicferry.app import Connection
 
 DIALS_AT_ONCE: Final = 8
@@ -103,6 +104,7 @@ async def _all_arrived(members: list[Member], known: int) -> None:
 
 
 def main() -> int:
+    quicferry.logging.configure("bench-crowd")  # to standard error
     parser = argparse.ArgumentParser(prog="quicferry.bench.crowd", description=__doc__)
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)

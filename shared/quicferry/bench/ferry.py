@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import quicferry
+from quicferry.app import Connection
 from quicferry.bench.figures import Throughput, Trace
 from quicferry.bench.load import PATIENCE, SETTLE, Load, no_collections
 from quicferry.bench.variant import Measured
@@ -22,6 +23,7 @@ from quicferry.protocol.errors import FerryError
 
 MOVE_SECONDS: Final = 60.0
 ASK_EVERY: Final = 0.1
+DIAL_SECONDS: Final = 2.0
 
 
 class Ferry:
@@ -43,10 +45,9 @@ class Ferry:
 
     async def move(self, *, bulk: bool = False) -> Measured:
         """One move under load. Raises FerryError ``setup_failed`` if it does not complete."""
-        place = (await self.placement()).place
+        placement = await self.placement()
         load = Load(bulk=bulk)
-        dial = quicferry.connect(place.address.host, place.address.port, cafile=self.cafile, server_name="localhost")
-        async with dial as connection:
+        async with self._dial(placement, 10.0) as connection:
             with no_collections():
                 async with load.on(connection):
                     await asyncio.sleep(load.warm)
@@ -75,16 +76,27 @@ class Ferry:
                             subjects.SERVICES, ServicesRequest(), ServicesReply, timeout=5
                         )
                         for placement in reply.services:
-                            if placement.service == self._service and await self._serves():
+                            if placement.service == self._service and await self._serves(placement):
                                 return placement
                     await asyncio.sleep(ASK_EVERY)  # nothing announces a service's first sight
         raise FerryError("unknown_service", f"No service {self._service!r} was seen within {PATIENCE:g} s.")
 
-    async def _serves(self) -> bool:
-        """Whether the server's wrapper is on NATS: after a move it comes back only behind the clients."""
+    async def _serves(self, placement: Placement) -> bool:
+        """Whether the server's wrapper is on NATS, where after a move it comes back only behind the clients.
+
+        And whether it is where the placement says, which after a new start may be that of the old one.
+        Raises FerryError.
+        """
         nothing = ArmRequest(id="are-you-there", epoch=0)  # calls off a move that nobody armed
         await self._bus.request(subjects.arm(self._service), nothing, ArmReply, timeout=5)
-        return True
+        async with self._dial(placement, DIAL_SECONDS):
+            return True
+
+    def _dial(self, placement: Placement, timeout: float) -> contextlib.AbstractAsyncContextManager[Connection]:
+        address = placement.place.address
+        return quicferry.connect(
+            address.host, address.port, cafile=self.cafile, server_name="localhost", timeout=timeout
+        )
 
     async def ask(self) -> str:
         """Ask for a move; the id. Asks again while the server has not come back to NATS after the last one."""

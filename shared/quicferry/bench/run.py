@@ -14,6 +14,7 @@ from quicferry.bench import curves, facts, figures
 from quicferry.bench.alone import Alone
 from quicferry.bench.ferry import Ferry
 from quicferry.bench.figures import Move, Point, Result, Throughput, Trace
+from quicferry.bench.podman import Podman
 from quicferry.bench.reconnect import Reconnect
 from quicferry.bench.source_order import SourceOrder
 from quicferry.bench.stand import Stand
@@ -141,6 +142,9 @@ class Bench:
                 return SourceOrder(stand, self._cafile)
             case "reconnect":
                 return Reconnect(stand, self._cafile)
+            case "podman":
+                tls = f"{self._stack.name}_tls"
+                return Podman(stand, self._cafile, tls, self._project, self._say)
             case "floor":
                 return Alone(stand)
         raise FerryError("internal", f"There is no variant {name!r}.")

@@ -69,6 +69,10 @@ class Stand:
     def env(self) -> dict[str, str]:
         return self._env
 
+    def box(self, name: str, port: int = 0) -> Box:
+        """Not started yet; see :meth:`container`."""
+        return Box(f"{self._stack.name}-bench-{name}", port)
+
     async def berth(
         self,
         name: str,
@@ -83,7 +87,7 @@ class Stand:
 
         With a command that serves. Without ``start`` it is only created.
         """
-        box = Box(f"{self._stack.name}-bench-{name}", port or free_port())
+        box = self.box(name, port or free_port())
         labels: dict[str, str] = {}
         variables = {"QUICFERRY_CERT": "/tls/cert.pem", "QUICFERRY_KEY": "/tls/key.pem", **(environment or {})}
         if service is not None:
