@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Final
 
 from quicferry.bus.agent import Step
 from quicferry.host.podman import Podman
@@ -15,6 +17,9 @@ from quicferry.protocol.errors import FerryError
 from quicferry.protocol.events import AnyEvent
 
 Events = AsyncGenerator[AnyEvent, None]
+
+LET_IT_SERVE: Final = 0.05
+"""Seconds before the frozen source is killed: the target's first answers need the processor more."""
 
 
 class CheckpointSteps:
@@ -53,6 +58,7 @@ class CheckpointSteps:
         yield await source.dump()
 
     async def release(self, request: AgentRequest) -> Events:
+        await asyncio.sleep(LET_IT_SERVE)
         yield await self._source(request).release()
         self._sources.pop(request.id, None)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Final
 
 from quicferry.bus.agent import Step
 from quicferry.host.podman import Podman
@@ -12,6 +14,9 @@ from quicferry.protocol.agents import AgentRequest
 from quicferry.protocol.events import AnyEvent
 
 Events = AsyncGenerator[AnyEvent, None]
+
+LET_IT_SERVE: Final = 0.1
+"""Seconds before the images are deleted: the target's first answers need the processor more."""
 
 
 class RestoreSteps:
@@ -44,6 +49,9 @@ class RestoreSteps:
         target = self._target(request)
         self._targets[request.id] = target
         yield await target.resume()
+        await target.leave()
+        await asyncio.sleep(LET_IT_SERVE)
+        target.forget()
         self._targets.pop(request.id, None)
 
     async def abort(self, request: AgentRequest) -> Events:

@@ -18,6 +18,7 @@ from quicferry.host.parking import bind_parked
 from quicferry.host.podman import Podman
 from quicferry.host.source import Source
 from quicferry.host.target import Target
+from quicferry.protocol import events
 from quicferry.protocol.agents import AgentRequest
 from quicferry.protocol.errors import FerryError
 from tests.e2e.berths import (
@@ -69,6 +70,13 @@ class Ends:
         await self.target.prepare()
         return self
 
+    async def resume(self) -> events.Resumed:
+        """All of the target's last verb."""
+        resumed = await self.target.resume()
+        await self.target.leave()
+        self.target.forget()
+        return resumed
+
     async def __aexit__(self, *_: object) -> None:
         await self.target.close()
         await self.source.close()
@@ -97,7 +105,7 @@ async def test_a_server_moves_there_and_back_with_what_was_sent_to_it(port: Harb
                 for text in ("one", "two", "three"):
                     client.send(there, text)
                 await ends.target.restore()
-                resumed, _ = await asyncio.gather(ends.target.resume(), ends.source.release())
+                resumed, _ = await asyncio.gather(ends.resume(), ends.source.release())
             assert [await client.answer() for _ in range(3)] == [
                 (answered + n, processes.SERVER_PID, text, there.ip)
                 for n, text in enumerate(("one", "two", "three"), start=1)
@@ -138,7 +146,7 @@ async def test_abort_after_the_dump_brings_the_source_back_with_its_queue(port: 
             await ends.source.dump()
             await ends.target.restore()
             await ends.target.stand_by()
-            await asyncio.gather(ends.target.resume(), ends.source.release())
+            await asyncio.gather(ends.resume(), ends.source.release())
         assert await client.ask(there, "after") == 4
 
 
@@ -194,6 +202,7 @@ from pathlib import Path
 from quicferry.host.podman import Podman
 from quicferry.host.source import Source
 from quicferry.host.target import Target
+from quicferry.protocol import events
 from quicferry.protocol.agents import AgentRequest
 
 async def main():
@@ -275,7 +284,7 @@ async def test_a_killed_agent_leaves_both_copies_mute_and_either_can_go_on(port:
             assert sockets_of(pid) == []
         try:
             if forward:
-                await ends.target.resume()
+                await ends.resume()
                 await ends.source.release()
             else:
                 await ends.target.abort()
@@ -297,7 +306,7 @@ async def test_the_next_agent_waits_for_the_dead_ones_criu(port: Harbour, podman
     await _die(port, podman, ends.request, "restored", settle=False)
     try:
         if forward:
-            await asyncio.gather(ends.target.resume(), ends.source.release())
+            await asyncio.gather(ends.resume(), ends.source.release())
         else:
             await asyncio.gather(ends.target.abort(), ends.source.abort())
     finally:
@@ -319,7 +328,7 @@ async def test_a_target_whose_restored_process_is_gone_is_restored_again(port: H
         assert await lost.kill()
     try:
         await ends.source.release()
-        await ends.target.resume()
+        await ends.resume()
     finally:
         await ends.target.close()
         await ends.source.close()
@@ -342,7 +351,7 @@ async def test_a_restore_that_breaks_after_it_was_reported_is_done_again(port: H
         assert refused.value.code == "criu_failed"
         with EchoClient() as client:
             client.send(there, "queued all the while")
-            await asyncio.gather(ends.target.resume(), ends.source.release())
+            await asyncio.gather(ends.resume(), ends.source.release())
             assert (await client.answer())[2] == "queued all the while"
     assert images_left(port) == []
 

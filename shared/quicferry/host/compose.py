@@ -128,7 +128,7 @@ class Stack:
         self.down(volumes=True)
         if not images or inventory.containers(None, self.environment):
             return
-        for reference in (image.IMAGE, image.OWN_BASE):
+        for reference in (image.BENCH_IMAGE, image.IMAGE, image.OWN_BASE):
             if attempt(["podman", "image", "exists", reference], timeout=30, env=self.environment).ok:
                 run(
                     ["podman", "image", "rm", reference],

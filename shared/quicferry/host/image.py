@@ -22,6 +22,8 @@ from quicferry.protocol.errors import FerryError
 
 IMAGE = "localhost/quicferry:latest"
 OWN_BASE = "localhost/quicferry-base:trixie"
+BENCH_IMAGE = "localhost/quicferry-bench:latest"
+"""Only the benchmark makes it: a podman with a CRIU that works here."""
 LABEL = "io.quicferry.image"
 INPUTS_LABEL = "io.quicferry.inputs"
 BASE_VARIABLE = "QUICFERRY_BASE_IMAGE"

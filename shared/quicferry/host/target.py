@@ -122,7 +122,8 @@ class Target:
     async def stand_by(self) -> None:
         """Take the restored process through CRIU's last stage, up to the point before it runs.
 
-        This goes on while the commit is written; safe to repeat. If it fails, what was restored is killed, and :meth:`resume`
+        This goes on while the commit is written; safe to repeat. If it fails, what was restored is killed, and
+        :meth:`resume`
         restores again. Raises FerryError ``criu_failed``, ``phase_timeout``.
         """
         if self._criu is None or self._server is None or self._criu.withheld != "post-restore":
@@ -163,7 +164,6 @@ class Target:
             await self._catch_up()
         server, dock = self._server, self._dock
         if server is None or dock is None:  # it serves already
-            await self._leave()
             return events.Resumed(id=self._request.id, at_ms=now_ms(), took_ms=0.0, queued=0)
         place = self._request.target
         dock.offer(
@@ -190,12 +190,25 @@ class Target:
                 "hold_refused", f"The restored server did not take its socket within {ADOPT_TIMEOUT:g} s."
             ) from None
         took = time.monotonic() - start
-        at_ms = now_ms()
-        restore_ms = await self._leave()
-        self._log.info("target_resumed", took_ms=ms(took), queued_bytes=queued, restore_ms=restore_ms)
+        stats = criu_stats.read_restore(self._criu.work_fd) if self._criu is not None else None
         return events.Resumed(
-            id=self._request.id, at_ms=at_ms, took_ms=ms(took), queued=queued, restore_ms=restore_ms
+            id=self._request.id,
+            at_ms=now_ms(),
+            took_ms=ms(took),
+            queued=queued,
+            restore_ms=ms(stats.restore) if stats is not None else None,
         )
+
+    async def leave(self) -> None:
+        """The target serves: end CRIU, and the berth's init has the server for a child. Safe to repeat."""
+        if self._criu is not None and self._criu.withheld:
+            await self._criu.finish(True, timeout=self._phase)
+        await self.close()
+
+    def forget(self) -> None:
+        """Delete the images; nothing needs them any more. Safe to repeat."""
+        self._images.remove()
+        self._log.info("target_left")
 
     async def abort(self) -> events.TargetCleared:
         """Before the commit: leave nothing of this migration in the berth. Safe to repeat, at any stage.
@@ -263,17 +276,6 @@ class Target:
             self._dock.expect(server.pid)
         else:
             server.close()
-
-    async def _leave(self) -> float | None:
-        """The target serves: end CRIU, delete the images. CRIU's restore_time in milliseconds, if it restored."""
-        stats = None
-        if self._criu is not None:
-            if self._criu.withheld:
-                await self._criu.finish(True, timeout=self._phase)
-            stats = criu_stats.read_restore(self._criu.work_fd)
-        await self.close()
-        self._images.remove()
-        return ms(stats.restore) if stats is not None else None
 
     async def _clear_berth(self) -> None:
         if self._berth is None:

@@ -176,7 +176,8 @@ def _wanted_resuming(state: State, limit: float) -> list[Command]:
     calls: list[Command] = []
     if not state.resumed:
         calls.append(CallAgent(agent="restore", verb="resume", attempt=state.attempt))
-    if not state.released:
+    # Killing the frozen source takes a processor for milliseconds that the target needs for its first answers.
+    if not state.released and (state.resumed or state.attempt > 1):
         calls.append(CallAgent(agent="checkpoint", verb="release", attempt=state.attempt))
     return [*calls, Place(), _timer_for(state, limit)]
 
