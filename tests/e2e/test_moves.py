@@ -303,7 +303,7 @@ async def test_the_servers_log_follows_it_and_images_are_gone(system: System) ->
     assert "client_hello" in target or "after" in target
     command = ["podman", "exec", container(stack, "restore-agent"), "ls", "/var/lib/quicferry/images"]
     async with asyncio.timeout(PATIENCE):  # they are deleted when the target has answered for a while
-        while run(command, timeout=30, doing="listing images", env=stack.environment).split():
+        while run(command, timeout=30, doing="listing images", env=stack.environment).split():  # noqa: ASYNC110
             await asyncio.sleep(0)
 
 
