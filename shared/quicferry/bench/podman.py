@@ -8,7 +8,7 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -106,18 +106,18 @@ class Podman:
                 lost, since, began = load.packets_lost, time.time(), time.monotonic()
                 frozen = await self._step("checkpoint", "--export", ARCHIVE, phases=phases)
                 number = len(load.sent)
-                again = asyncio.create_task(self._again(port, load))
+                second = _Second(self._dialled, port, load)
                 try:
                     await self._podman("rm", "--force", NAME)
                     phases["rm"] = (time.monotonic() - began) * 1000 - phases["checkpoint"]
                     restore = await self._step("restore", "--import", ARCHIVE, phases=phases)
                     ended = time.time()
                     await load.first_echo_after(number)
+                    second.give_up_unless_there()
+                    await asyncio.sleep(SETTLE)
                 finally:
-                    again.cancel()
-                    await asyncio.gather(again, return_exceptions=True)
-                phases["first echo"] = max(0.0, load.gap(since).first_after - ended) * 1000
-                await asyncio.sleep(SETTLE)
+                    await second.end()
+        phases["first echo"] = max(0.0, load.gap(since).first_after - ended) * 1000
         move = load.move(
             since,
             lost,
@@ -136,13 +136,6 @@ class Podman:
             return msgspec.json.decode(said, type=_Printed).container_statistics[0].criu_statistics
         except (msgspec.DecodeError, IndexError) as error:
             raise FerryError("setup_failed", f"podman's statistics can't be read: {error}.") from None
-
-    async def _again(self, port: int, load: Load) -> None:
-        """Beside the old connection, dial the same address until somebody answers, then ping there too."""
-        async with contextlib.AsyncExitStack() as later:
-            second = await self._dialled(port, later)
-            async with load.on(second, wait=False):
-                await asyncio.Event().wait()
 
     async def _dialled(self, port: int, later: contextlib.AsyncExitStack) -> Connection:
         end = time.monotonic() + PATIENCE
@@ -178,6 +171,33 @@ class Podman:
             words = complaint.decode(errors="replace").strip()[-600:]
             raise FerryError("setup_failed", f"podman {' '.join(arguments[:2])} in the box failed: {words}")
         return said.decode(errors="replace")
+
+
+class _Second:
+    """Beside the old connection: dials the same address until somebody answers, then pings there too."""
+
+    def __init__(self, dial: Callable[..., Awaitable[Connection]], port: int, load: Load) -> None:
+        self._there = False
+        self._over = asyncio.Event()
+        self._task = asyncio.create_task(self._run(dial, port, load))
+
+    def give_up_unless_there(self) -> None:
+        """The old connection was quicker."""
+        if not self._there:
+            self._task.cancel()
+
+    async def end(self) -> None:
+        """Wait for the echoes of what it has sent."""
+        self.give_up_unless_there()
+        self._over.set()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self, dial: Callable[..., Awaitable[Connection]], port: int, load: Load) -> None:
+        async with contextlib.AsyncExitStack() as later:
+            connection = await dial(port, later)
+            self._there = True
+            async with load.on(connection, wait=False):
+                await self._over.wait()
 
 
 def build(project: Path, env: dict[str, str], say: Say) -> None:
