@@ -28,8 +28,8 @@ log = structlog.get_logger(__name__)
 OUTPUTS: Final = (1, 2)
 """The berth's own standard streams that a restored server's pipes are connected to."""
 RESTORE_BEGUN: Final = "restore-begun"
-MAX_LEFT: Final = 16
-"""Processes cleared out of a berth after an aborted restore, at most."""
+CLEAR_TIMEOUT: Final = 5.0
+"""Seconds to clear a berth after an aborted restore."""
 
 
 class Target:
@@ -286,15 +286,19 @@ class Target:
                     return
                 raise
         await outlive(self._berth.init_pid)
-        for _ in range(MAX_LEFT):
+        end = time.monotonic() + CLEAR_TIMEOUT
+        while time.monotonic() < end:
             try:
                 left = processes.occupant(self._berth.init_pid)
+                if left is None and not processes.berth_pid_taken(self._berth.init_pid, processes.SERVER_PID):
+                    return
             except FerryError:
                 return  # the berth itself is gone
-            if left is None:
-                return
-            with left:
-                await left.kill()
+            if left is not None:
+                with left:
+                    await left.kill()
+            else:
+                await asyncio.sleep(0.002)  # a zombie has the PID until the berth's init has reaped it
         raise FerryError(
             "berth_busy",
             f"Berth {self._request.target.berth} still holds what was restored.",
