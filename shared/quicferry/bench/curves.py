@@ -48,6 +48,7 @@ class Crowd:
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, "QUICFERRY_LOG_LEVEL": "error"},
             limit=1 << 20,
+            start_new_session=True,  # Ctrl-C is ours to act upon; its standard input's end is its own
         )
         crowd = cls(process)
         try:
