@@ -126,6 +126,8 @@ async def test_variants_take_turns_and_one_failure_is_told_and_made_up_for() -> 
     assert any("told to; once more" in line for line in said)
     assert {name: len(one.moves) for name, one in taken.items()} == {"ferry": 2, "floor": 2}
     assert len(taken["ferry"].bulk) == 1
+    # A result that left the failure out would show a way that always works.
+    assert {name: len(one.summed().failed) for name, one in taken.items()} == {"ferry": 0, "floor": 1}
 
 
 async def test_a_variant_that_keeps_failing_ends_the_run_and_all_are_closed() -> None:

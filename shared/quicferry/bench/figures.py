@@ -95,6 +95,8 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     handshakes: int
     """After the first of each connection, over all moves."""
     retransmissions: int
+    failed: list[str] = []
+    """Moves that went wrong and were made again, by what was said; they are in no other figure."""
     cwnd_before: Summary | None = None
     cwnd_after: Summary | None = None
     throughput_ratio: Summary | None = None
@@ -152,7 +154,12 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def variant(
-    what: str, moves: Sequence[Move], *, bulk: Sequence[Throughput] = (), trace: Trace | None = None
+    what: str,
+    moves: Sequence[Move],
+    *,
+    bulk: Sequence[Throughput] = (),
+    trace: Trace | None = None,
+    failed: Sequence[str] = (),
 ) -> Variant:
     """Sum up a variant's moves."""
     names = list(dict.fromkeys(name for move in moves for name in move.phases_ms))
@@ -167,6 +174,7 @@ def variant(
         echoes_lost=sum(move.lost for move in moves),
         handshakes=sum(move.handshakes for move in moves),
         retransmissions=sum(move.retransmissions for move in moves),
+        failed=list(failed),
         cwnd_before=summary(move.cwnd_before for move in moves),
         cwnd_after=summary(move.cwnd_after for move in moves),
         throughput_ratio=summary(one.after / one.before for one in bulk if one.before),

@@ -107,15 +107,18 @@ class Podman:
                 frozen = await self._step("checkpoint", "--export", ARCHIVE, phases=phases)
                 number = len(load.sent)
                 second = _Second(self._dialled, port, load)
+                echo = asyncio.create_task(load.first_echo_after(number))
+                # Noticed at once: podman's command returns long after the server runs.
+                echo.add_done_callback(lambda _: second.give_up_unless_there())
                 try:
                     await self._podman("rm", "--force", NAME)
                     phases["rm"] = (time.monotonic() - began) * 1000 - phases["checkpoint"]
                     restore = await self._step("restore", "--import", ARCHIVE, phases=phases)
                     ended = time.time()
-                    await load.first_echo_after(number)
-                    second.give_up_unless_there()
+                    await echo
                     await asyncio.sleep(SETTLE)
                 finally:
+                    echo.cancel()
                     await second.end()
         phases["first echo"] = max(0.0, load.gap(since).first_after - ended) * 1000
         move = load.move(

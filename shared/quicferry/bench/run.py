@@ -47,12 +47,13 @@ class Taken(msgspec.Struct):
     moves: list[Move] = msgspec.field(default_factory=list)
     bulk: list[Throughput] = msgspec.field(default_factory=list)
     traces: list[Trace] = msgspec.field(default_factory=list)
+    failed: list[str] = msgspec.field(default_factory=list)
 
     def summed(self) -> figures.Variant:
         median = figures.summary(trace.gap_ms for trace in self.traces)
         # The plot shows the move that is nearest to the median, not the prettiest.
         typical = min(self.traces, key=lambda one: abs(one.gap_ms - median.median)) if median is not None else None
-        return figures.variant(self.what, self.moves, bulk=self.bulk, trace=typical)
+        return figures.variant(self.what, self.moves, bulk=self.bulk, trace=typical, failed=self.failed)
 
 
 async def interleaved(variants: Sequence[Variant], plan: Plan, say: Say) -> dict[str, Taken]:
@@ -67,8 +68,8 @@ async def interleaved(variants: Sequence[Variant], plan: Plan, say: Say) -> dict
             for variant in variants:
                 if bulk and variant.name == "floor":
                     continue  # no client, no stream
-                measured = await _once_more(variant, bulk, say)
                 one = taken[variant.name]
+                measured = await _once_more(variant, bulk, one.failed, say)
                 if bulk:
                     if measured.throughput is not None:
                         one.bulk.append(measured.throughput)
@@ -82,13 +83,14 @@ async def interleaved(variants: Sequence[Variant], plan: Plan, say: Say) -> dict
     return taken
 
 
-async def _once_more(variant: Variant, bulk: bool, say: Say) -> Measured:
+async def _once_more(variant: Variant, bulk: bool, failed: list[str], say: Say) -> Measured:
     """A move; a second attempt if the first went wrong, and the first is told."""
     for attempt in (1, 2):
         try:
             async with asyncio.timeout(MOVE_SECONDS):
                 return await variant.move(bulk=bulk)
         except (FerryError, TimeoutError, ConnectionError) as error:
+            failed.append(str(error) or "no end in time")
             if attempt == 2:
                 raise FerryError("setup_failed", f"{variant.name}: {error or 'no end in time'}") from error
             say(f"{variant.name}: {error or 'no end in time'}; once more")

@@ -51,11 +51,12 @@ def _machine(result: Result) -> str:
 
 def _pauses(variants: dict[str, Variant]) -> str:
     return _table(
-        ("variant", "moves", "gap median", "p90", "p99", "worst", "frozen", "restore", "gap ÷ floor"),
+        ("variant", "moves", "failed", "gap median", "p90", "p99", "worst", "frozen", "restore", "gap ÷ floor"),
         (
             (
                 f"`{name}`",
                 str(one.moves),
+                str(len(one.failed)),
                 *_four(one.gap_ms),
                 _ms(one.frozen_ms),
                 _ms(one.restore_ms),
