@@ -141,7 +141,7 @@ def test_tables_go_between_the_marks_and_nowhere_else() -> None:
     page = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
     new = tables.insert(page, a_result())
     assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new  # noqa: PT018
-    assert "| `ferry` | 3 | 60.0 | 75.0 | 75.0 | 75.0 | 20.0 | 30.0 | 1.20 |" in new
+    assert "| `ferry` | 3 | 0 | 60.0 | 75.0 | 75.0 | 75.0 | 20.0 | 30.0 | 1.20 |" in new
     assert tables.insert(new, a_result()) == new
     with pytest.raises(FerryError, match="no marks"):
         tables.insert("nothing here", a_result())
