@@ -46,11 +46,18 @@ def built_image() -> str:
 
 @pytest.fixture(scope="session")
 def podman_api(built_image: str) -> Iterator[str]:
-    """The URL of a podman service; started for the session where none answers."""
-    started = podman_service.ensure(Stack(PROJECT).environment)
-    yield f"unix://{podman_service.socket_path()}"
-    if started:
+    """The URL of a podman service of this session's own: another's could be stopped under it."""
+    before = os.environ.get(podman_service.DIRECTORY_VARIABLE)
+    os.environ[podman_service.DIRECTORY_VARIABLE] = f"/run/quicferry-e2e-{os.getpid()}"
+    try:
+        podman_service.ensure(Stack(PROJECT).environment)
+        yield f"unix://{podman_service.socket_path()}"
+    finally:
         podman_service.stop_own()
+        shutil.rmtree(podman_service.directory(), ignore_errors=True)
+        os.environ.pop(podman_service.DIRECTORY_VARIABLE)
+        if before is not None:
+            os.environ[podman_service.DIRECTORY_VARIABLE] = before
 
 
 @pytest.fixture(scope="session")
@@ -64,11 +71,14 @@ def stack_variables() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def stack(podman_api: str, stack_variables: dict[str, str]) -> Iterator[Stack]:
+def stack(podman_api: str, stack_variables: dict[str, str], request: pytest.FixtureRequest) -> Iterator[Stack]:
     """The whole system of compose.yaml, up; its containers, network and volumes go at the session's end."""
     ours = Stack(PROJECT, name=f"quicferry-e2e-{os.getpid()}", variables=stack_variables)
     try:
         ours.up()
         yield ours
     finally:
+        if request.session.testsfailed:  # what the services said is gone with them
+            for item in ours.containers():
+                print(f"--- {item.service} ({item.state})\n{ours.logs(item.service, lines=60)}")
         ours.down(volumes=True)

@@ -52,8 +52,8 @@ def hold(udp: MigratableUDP, migration: str) -> Back:
     gc.disable()
     with _signals_blocked(), _Stray() as stray:
         try:
+            since = time.time()  # before parking: the freeze may come between any two steps after it
             _park(udp, name, line)
-            since = time.time()
             adopted, sock = _stand_still(name, stray)
             queued = udp.adopt(sock)
         finally:

@@ -33,6 +33,8 @@ FLUSH_TIME: Final = 0.5
 """Seconds the herald has to publish what waits before the hold."""
 CLOSE_TIME: Final = 1.2
 """Seconds the herald has to disconnect."""
+ARMED_TIME: Final = 20.0
+"""Seconds an arming lasts beyond the request's limit for a phase."""
 REMEMBERED: Final = 64
 """Moves whose late acks and accounts are still understood, and whose ids are not armed again."""
 
@@ -310,9 +312,10 @@ class Mover:
             self._disarm.cancel()
             self._disarm = None
         if request is not None:
-            # An arming nobody followed up must not turn a later `podman stop` into a move.
+            # An arming nobody followed up must not turn a later `podman stop` into a move. Long after the
+            # coordinator has called it off itself: a SIGTERM that finds us unarmed ends the server.
             self._disarm = asyncio.get_running_loop().call_later(
-                request.options.phase_timeout_ms / 1000, self._call_off, request.id
+                ARMED_TIME + request.options.phase_timeout_ms / 1000, self._call_off, request.id
             )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
