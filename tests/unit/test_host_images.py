@@ -87,3 +87,22 @@ def test_a_tmpfs_is_told_from_a_disk() -> None:
         pytest.skip("no tmpfs is mounted here")
     assert on_tmpfs(Path(tmpfs[-1]) / "below")
     assert not on_tmpfs(Path("/proc"))
+
+
+def test_an_image_that_vanishes_while_sizes_are_taken_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target deletes the time namespace's image as soon as the dump is complete."""
+    images = Images(tmp_path, "m1", "source")
+    images.create()
+    (images.path / "timens-0.img").write_bytes(b"12")
+    (images.path / "pages-1.img").write_bytes(b"123")
+    real = os.scandir
+
+    def listed_then_deleted(path: Path) -> list[os.DirEntry[str]]:
+        entries = list(real(path))
+        (images.path / "timens-0.img").unlink(missing_ok=True)
+        return entries
+
+    monkeypatch.setattr(os, "scandir", listed_then_deleted)
+    assert images.size_bytes() == 3

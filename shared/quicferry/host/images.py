@@ -96,7 +96,11 @@ class Images:
 
     def size_bytes(self) -> int:
         """What the images take."""
-        return sum(entry.stat().st_size for entry in os.scandir(self.path) if entry.is_file())
+        total = 0
+        for entry in os.scandir(self.path):
+            with contextlib.suppress(FileNotFoundError):  # the other side deletes an image that it must not use
+                total += entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
+        return total
 
     def pages(self) -> int:
         """Memory pages in the images themselves; pages of a parent image do not count."""

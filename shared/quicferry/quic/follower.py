@@ -37,9 +37,10 @@ QuiesceHook = Callable[[Migration], Awaitable[None]]
 REMEMBERED: Final = 64
 MAX_INTERRUPTION_MS: Final = 3_600_000
 """What ``moved`` can say; a connection that was idle for longer counts as this."""
-PROBES: Final = ((1.0, 0.02), (10.0, 0.1), (float("inf"), 1.0))
+PROBES: Final = ((1.0, 0.25), (10.0, 0.5), (float("inf"), 2.0))
 """Until so many seconds after ``migrate``, a silent client pings every so many seconds: a target answers what it
-has not heard yet, and an idle client would give it nothing to answer."""
+has not heard yet, and an idle client would give it nothing to answer. Seldom: a silent client waits for nothing,
+and five hundred of them must not drown those that do."""
 
 
 class Follower:

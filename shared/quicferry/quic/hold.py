@@ -6,6 +6,7 @@ A process that holds no socket cannot send, whatever thaws it. protocol/handover
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import os
@@ -26,6 +27,8 @@ from quicferry.quic.migratable import MigratableUDP
 
 log = structlog.get_logger(__name__)
 
+COLLECT_AGAIN: Final = 1.0
+"""Seconds after a hold until garbage is collected again."""
 WAKE: Final = signal.SIGUSR2
 STOP: Final = signal.SIGTERM
 WITH_THREADS_LOOK_EVERY: Final = 0.005
@@ -49,6 +52,7 @@ def hold(udp: MigratableUDP, migration: str) -> Back:
     """
     name = handover.socket_name(udp.port)
     line = wire.encode(handover.Park(id=migration)) + b"\n"
+    collects = gc.isenabled()
     gc.disable()
     with _signals_blocked(), _Stray() as stray:
         try:
@@ -57,7 +61,9 @@ def hold(udp: MigratableUDP, migration: str) -> Back:
             adopted, sock = _stand_still(name, stray)
             queued = udp.adopt(sock)
         finally:
-            gc.enable()
+            if collects:
+                # Not now: a collection takes as long as everything else that the waiting clients wait for.
+                asyncio.get_running_loop().call_later(COLLECT_AGAIN, gc.enable)
             # Whoever woke us may have done so twice; the second call is answered by what we did.
             signal.sigtimedwait({WAKE}, 0)
     return Back(adopted=adopted, still_ms=(time.time() - since) * 1000, queued=queued)

@@ -8,8 +8,11 @@ from typing import Final
 from quicferry.quic.addresses import Peer, open_socket, widen
 from quicferry.quic.udp import RECEIVE_BUFFER, Received, UdpEndpoint
 
-ADOPT_LIMIT: Final = 65_536
-"""Datagrams read from an adopted socket before anything else runs: more than its queue can hold."""
+ADOPT_LIMIT: Final = 256
+"""Datagrams read from an adopted socket before timers and the application run. What a few clients sent in a pause
+is less; with hundreds of them the application must not wait for all, and the loop reads on in batches."""
+OLD_LIMIT: Final = 65_536
+"""Datagrams read from a socket that is about to be closed: more than its queue can hold."""
 RELEASE_LIMIT: Final = 4096
 """Datagrams read before the socket is given away; who swapped has sent them to the target as well."""
 
@@ -43,7 +46,7 @@ class MigratableUDP(UdpEndpoint):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         new = new or open_socket((str(self._bound[0]), self.port), receive_buffer=RECEIVE_BUFFER)
         if (old := self._exchange(new)) is not None:
-            self.drain(old, ADOPT_LIMIT)
+            self.drain(old, OLD_LIMIT)
             old.close()
 
     def release(self) -> socket.socket:
@@ -59,12 +62,12 @@ class MigratableUDP(UdpEndpoint):
         return sock
 
     def adopt(self, sock: socket.socket) -> int:
-        """Go on with ``sock``; everything queued in it is read before this returns. Returns how many datagrams."""
+        """Go on with ``sock``; the first of what is queued in it is read before this returns. Returns how many."""
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         widen(sock, RECEIVE_BUFFER)
         if (old := self._exchange(sock)) is not None:
-            self.drain(old, ADOPT_LIMIT)
+            self.drain(old, OLD_LIMIT)
             old.close()
         return self.drain(sock, ADOPT_LIMIT)
 
