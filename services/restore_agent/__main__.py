@@ -15,6 +15,7 @@ import structlog
 from quicferry import service
 from quicferry.bus.agent import Agent
 from quicferry.bus.settings import NatsSettings
+from quicferry.host import processes
 from quicferry.host.images import DEFAULT_ROOT, check_root
 from quicferry.host.podman import Podman
 from quicferry.protocol.errors import FerryError
@@ -28,6 +29,7 @@ async def work() -> None:
     settings = NatsSettings.load()
     node = os.environ.get("QUICFERRY_NODE", "local")
     images = check_root(Path(os.environ.get("QUICFERRY_IMAGES", str(DEFAULT_ROOT))))
+    processes.hurry()
     podman = Podman()
     try:
         steps = RestoreSteps(podman, images)
