@@ -85,16 +85,18 @@ def test_agents_see_the_hosts_processes_podman_and_the_images_in_memory(stack: S
         assert inside(stack, agent, "stat", "--format", "%a", "/var/lib/quicferry/images").strip() == "700"
 
 
-def test_the_first_server_is_in_berth_a_at_its_pid(stack: Stack) -> None:
-    assert "echo_server" in inside(stack, "berth-a", "cat", "/proc/5000/cmdline")
-    assert (
+def test_the_server_is_in_one_berth_at_its_pid(stack: Stack) -> None:
+    """Berth a at first; tests before this one may have moved it."""
+    found = [
         attempt(
-            ["podman", "exec", container(stack, "berth-b"), "test", "-e", "/proc/5000"],
+            ["podman", "exec", container(stack, berth), "cat", "/proc/5000/cmdline"],
             timeout=30,
             env=stack.environment,
-        ).code
-        == 1
-    )
+        ).out
+        for berth in ("berth-a", "berth-b")
+    ]
+    assert ["echo_server" in command for command in found].count(True) == 1
+    assert "" in found
 
 
 def test_nats_is_published_on_the_loopback_port(stack: Stack, stack_variables: dict[str, str]) -> None:

@@ -10,10 +10,10 @@ from quicferry.host.compose import Stack
 from quicferry.protocol import events as ev
 from tests.e2e.moving import System
 
-MOST_PAGES: Final = 6_300
-"""5,822 when it was measured, and 7,523 before anything was left out."""
-MOST_IMAGE_BYTES: Final = 26_500_000
-"""23.9 MB when it was measured, and 30.9 before."""
+MOST_PAGES: Final = 7_300
+"""5,822 when a fresh server was measured, about 6,750 after the moves of the tests before this one."""
+MOST_IMAGE_BYTES: Final = 29_900_000
+"""23.9 MB and 27.7, likewise."""
 
 
 @pytest.fixture
