@@ -44,7 +44,7 @@ class CheckpointSteps:
         source = Source(self._podman, self._images, request)
         try:
             yield await source.prepare()
-        except BaseException:
+        except BaseException:  # cancelled too: what prepare opened has no other owner yet
             await source.close()
             raise
         self._sources[request.id] = source

@@ -34,7 +34,7 @@ class RestoreSteps:
         target = Target(self._podman, self._images, request)
         try:
             yield await target.prepare()
-        except BaseException:
+        except BaseException:  # cancelled too: what prepare opened has no other owner yet
             await target.close()
             raise
         self._targets[request.id] = target

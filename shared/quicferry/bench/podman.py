@@ -165,7 +165,7 @@ class Podman:
         try:
             async with asyncio.timeout(STEP_SECONDS):
                 said, complaint = await process.communicate()
-        except BaseException:
+        except BaseException:  # cancelled too: the command must not outlive who asked for it
             if process.returncode is None:
                 process.kill()
                 await process.wait()

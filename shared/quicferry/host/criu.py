@@ -80,7 +80,7 @@ class CriuSession:
         except TimeoutError:
             await session.close()
             raise FerryError("criu_missing", f"CRIU did not answer within {timeout:g} s in the berth.") from None
-        except BaseException:
+        except BaseException:  # cancelled too: nobody else could end the CRIU that was started
             await session.close()
             raise
         return session
