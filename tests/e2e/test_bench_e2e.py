@@ -18,8 +18,8 @@ from tests.e2e.moving import System
 MOVES = 5
 GAP_OVER_FLOOR = 2.0
 """The median is about 1.25 and the target 1.2; what made it worse than this would be a step backwards."""
-IMAGE_MB = 40.0
-"""About 24 today. An import on the server's way that nobody needs, or arenas not given back, would show here."""
+IMAGE_MB = 5.0
+"""About 2.4 today, and 24 if the heap were copied: a heap that is not shared any more would show here."""
 CURVE_OVER = 4.0
 
 
@@ -62,7 +62,7 @@ async def test_the_pause_is_crius_time_and_little_else(result: Result) -> None:
     assert ferry.gap_over_floor is not None
     assert 1.0 <= ferry.gap_over_floor.median <= GAP_OVER_FLOOR
     assert ferry.image_mb is not None
-    assert 5.0 < ferry.image_mb.max <= IMAGE_MB
+    assert 1.0 < ferry.image_mb.max <= IMAGE_MB
     assert ferry.cwnd_before is not None
     assert ferry.cwnd_after == ferry.cwnd_before, "a move cost congestion window"
     assert {"ack", "dump", "restore", "adopt", "first echo"} <= set(ferry.phases_ms)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 COLOURS: Final = {
     "ferry": "#0b6e99",
+    "copied": "#52a8c9",
     "source-order": "#c0392b",
     "reconnect": "#b9770e",
     "podman": "#7d3c98",

@@ -12,6 +12,7 @@ import msgspec
 
 from quicferry.bench import curves, facts, figures
 from quicferry.bench.alone import Alone
+from quicferry.bench.copied import Copied
 from quicferry.bench.ferry import Ferry
 from quicferry.bench.figures import Move, Point, Result, Throughput, Trace
 from quicferry.bench.podman import Podman
@@ -140,6 +141,8 @@ class Bench:
         match name:
             case "ferry":
                 return Ferry(self._bus, self._cafile, self._service)
+            case "copied":
+                return Copied(self._bus, self._cafile, stand)
             case "source-order":
                 return SourceOrder(stand, self._cafile)
             case "reconnect":

@@ -89,7 +89,10 @@ class Stand:
         """
         box = self.box(name, port or free_port())
         labels: dict[str, str] = {}
-        variables = {"QUICFERRY_CERT": "/tls/cert.pem", "QUICFERRY_KEY": "/tls/key.pem", **(environment or {})}
+        # CRIU by hand knows nothing of the shared heap.
+        heap = "private" if service is None else "shared"
+        variables = {"QUICFERRY_CERT": "/tls/cert.pem", "QUICFERRY_KEY": "/tls/key.pem", "QUICFERRY_HEAP": heap}
+        variables |= environment or {}
         if service is not None:
             labels = {
                 berths.LABEL_STACK: self._stack.name,

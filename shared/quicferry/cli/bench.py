@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from quicferry.bench.run import Plan
     from quicferry.host.compose import Stack
 
-VARIANTS: Final = ("ferry", "source-order", "reconnect", "podman", "floor")
+VARIANTS: Final = ("ferry", "copied", "source-order", "reconnect", "podman", "floor")
 CONNECTIONS: Final = (1, 10, 100, 500)
 MEMORY: Final = (20, 100, 400, 1024)
 

@@ -32,6 +32,11 @@ DEFAULT_PID = 5000
 DEFAULT_GRACE = 5.0
 """Seconds between passing SIGTERM on and SIGKILL; below podman's own 10."""
 
+HEAP_VARIABLE = "QUICFERRY_HEAP"
+"""``shared``, the default, or ``private``."""
+HEAP_LIBRARY = "/usr/local/lib/libquicferry-heap.so"
+HEAP_MALLOC = "libmimalloc.so.3"
+
 SYS_CLONE3 = 435
 """The same on every architecture (clone3(2))."""
 PR_SET_CHILD_SUBREAPER = 36
@@ -86,6 +91,17 @@ def _fork_at(pid: int) -> int:
     return child
 
 
+def _shared_heap() -> None:
+    """Preload the shared heap (containers/heap/heap.c) into the command, unless the environment says otherwise.
+
+    Python's own allocator is set aside for the preloaded one: its arenas would be in the heap as well, the rest not.
+    """
+    if os.environ.get(HEAP_VARIABLE, "shared") == "shared" and os.path.exists(HEAP_LIBRARY):
+        before = os.environ.get("LD_PRELOAD")
+        os.environ["LD_PRELOAD"] = ":".join([HEAP_LIBRARY, HEAP_MALLOC, *([before] if before else [])])
+        os.environ.setdefault("PYTHONMALLOC", "malloc")
+
+
 def spawn(command: Sequence[str], pid: int) -> int:
     """Start ``command`` as a session of its own with ``pid``; returns its PID. Raises OSError.
 
@@ -103,6 +119,7 @@ def spawn(command: Sequence[str], pid: int) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a command expects the default
             signal.signal(number, signal.SIG_DFL)
+        _shared_heap()
         os.execvp(command[0], list(command))  # noqa: S606 - no shell is what we want
     except OSError as error:
         log("server_not_started", command=command[0], error=error.strerror)

@@ -122,15 +122,19 @@ class CriuSession:
             request.opts.parent_img = f"../{number - 1}"
         await self._until("", request, timeout)
 
-    async def begin_dump(self, berth_pid: int, *, rounds: int = 0, timeout: float) -> None:
+    async def begin_dump(
+        self, berth_pid: int, *, rounds: int = 0, external: Sequence[str] = (), timeout: float
+    ) -> None:
         """Have the dump ready: CRIU has its options and waits at ``pre-dump``, before it looks at any process.
 
-        ``rounds``: how many pre-copy rounds went before.
+        ``rounds``: how many pre-copy rounds went before. ``external``: names of files to leave out, which the
+        restore must be given.
         """
         self._what = "dump"
         request = self._request(rpc.DUMP, "dump.log")
         request.opts.pid = berth_pid
         request.opts.notify_scripts = True
+        request.opts.external.extend(external)
         if rounds:
             request.opts.track_mem = True
             request.opts.parent_img = str(rounds)

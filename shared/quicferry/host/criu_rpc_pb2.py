@@ -24,39 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dquicferry/host/criu_rpc.proto\x12\x0equicferry.criu\"%\n\ninherit_fd\x12\x0b\n\x03key\x18\x01 \x02(\t\x12\n\n\x02\x66\x64\x18\x02 \x02(\x05\"\x81\x03\n\tcriu_opts\x12\x19\n\rimages_dir_fd\x18\x01 \x02(\x05:\x02-1\x12\x12\n\nimages_dir\x18\x44 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x15\n\rleave_running\x18\x03 \x01(\x08\x12\x14\n\tlog_level\x18\t \x01(\x05:\x01\x32\x12\x10\n\x08log_file\x18\n \x01(\t\x12\x16\n\x0enotify_scripts\x18\x0c \x01(\x08\x12\x12\n\nparent_img\x18\x0e \x01(\t\x12\x11\n\ttrack_mem\x18\x0f \x01(\x08\x12.\n\ninherit_fd\x18\x1b \x03(\x0b\x32\x1a.quicferry.criu.inherit_fd\x12\x39\n\x13manage_cgroups_mode\x18\" \x01(\x0e\x32\x1c.quicferry.criu.criu_cg_mode\x12\x0f\n\x07timeout\x18- \x01(\r\x12>\n\x0cnetwork_lock\x18@ \x01(\x0e\x32(.quicferry.criu.criu_network_lock_method\" \n\x11\x63riu_restore_resp\x12\x0b\n\x03pid\x18\x01 \x02(\x05\"*\n\x0b\x63riu_notify\x12\x0e\n\x06script\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\"K\n\rcriu_features\x12\x11\n\tmem_track\x18\x01 \x01(\x08\x12\x12\n\nlazy_pages\x18\x02 \x01(\x08\x12\x13\n\x0bpidfd_store\x18\x03 \x01(\x08\"\xbc\x01\n\x08\x63riu_req\x12+\n\x04type\x18\x01 \x02(\x0e\x32\x1d.quicferry.criu.criu_req_type\x12\'\n\x04opts\x18\x02 \x01(\x0b\x32\x19.quicferry.criu.criu_opts\x12\x16\n\x0enotify_success\x18\x03 \x01(\x08\x12\x11\n\tkeep_open\x18\x04 \x01(\x08\x12/\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0b\x32\x1d.quicferry.criu.criu_features\"[\n\x0c\x63riu_version\x12\x14\n\x0cmajor_number\x18\x01 \x02(\x05\x12\x14\n\x0cminor_number\x18\x02 \x02(\x05\x12\r\n\x05gitid\x18\x03 \x01(\t\x12\x10\n\x08sublevel\x18\x04 \x01(\x05\"\xaf\x02\n\tcriu_resp\x12+\n\x04type\x18\x01 \x02(\x0e\x32\x1d.quicferry.criu.criu_req_type\x12\x0f\n\x07success\x18\x02 \x02(\x08\x12\x32\n\x07restore\x18\x04 \x01(\x0b\x32!.quicferry.criu.criu_restore_resp\x12+\n\x06notify\x18\x05 \x01(\x0b\x32\x1b.quicferry.criu.criu_notify\x12\x10\n\x08\x63r_errno\x18\x07 \x01(\x05\x12/\n\x08\x66\x65\x61tures\x18\x08 \x01(\x0b\x32\x1d.quicferry.criu.criu_features\x12\x11\n\tcr_errmsg\x18\t \x01(\t\x12-\n\x07version\x18\n \x01(\x0b\x32\x1c.quicferry.criu.criu_version\"\xcb\x01\n\x10\x64ump_stats_entry\x12\x15\n\rfreezing_time\x18\x01 \x02(\r\x12\x13\n\x0b\x66rozen_time\x18\x02 \x02(\r\x12\x14\n\x0cmemdump_time\x18\x03 \x02(\r\x12\x15\n\rmemwrite_time\x18\x04 \x02(\r\x12\x15\n\rpages_scanned\x18\x05 \x02(\x04\x12\x1c\n\x14pages_skipped_parent\x18\x06 \x02(\x04\x12\x15\n\rpages_written\x18\x07 \x02(\x04\x12\x12\n\npages_lazy\x18\t \x02(\x04\"\x8c\x01\n\x13restore_stats_entry\x12\x16\n\x0epages_compared\x18\x01 \x02(\x04\x12\x19\n\x11pages_skipped_cow\x18\x02 \x02(\x04\x12\x14\n\x0c\x66orking_time\x18\x03 \x02(\r\x12\x14\n\x0crestore_time\x18\x04 \x02(\r\x12\x16\n\x0epages_restored\x18\x05 \x01(\x04\"s\n\x0bstats_entry\x12.\n\x04\x64ump\x18\x01 \x01(\x0b\x32 .quicferry.criu.dump_stats_entry\x12\x34\n\x07restore\x18\x02 \x01(\x0b\x32#.quicferry.criu.restore_stats_entry*\x1a\n\x0c\x63riu_cg_mode\x12\n\n\x06IGNORE\x10\x00*$\n\x18\x63riu_network_lock_method\x12\x08\n\x04SKIP\x10\x03*v\n\rcriu_req_type\x12\t\n\x05\x45MPTY\x10\x00\x12\x08\n\x04\x44UMP\x10\x01\x12\x0b\n\x07RESTORE\x10\x02\x12\t\n\x05\x43HECK\x10\x03\x12\x0c\n\x08PRE_DUMP\x10\x04\x12\n\n\x06NOTIFY\x10\x06\x12\x11\n\rFEATURE_CHECK\x10\t\x12\x0b\n\x07VERSION\x10\n')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dquicferry/host/criu_rpc.proto\x12\x0equicferry.criu\"%\n\ninherit_fd\x12\x0b\n\x03key\x18\x01 \x02(\t\x12\n\n\x02\x66\x64\x18\x02 \x02(\x05\"\x93\x03\n\tcriu_opts\x12\x19\n\rimages_dir_fd\x18\x01 \x02(\x05:\x02-1\x12\x12\n\nimages_dir\x18\x44 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x15\n\rleave_running\x18\x03 \x01(\x08\x12\x14\n\tlog_level\x18\t \x01(\x05:\x01\x32\x12\x10\n\x08log_file\x18\n \x01(\t\x12\x16\n\x0enotify_scripts\x18\x0c \x01(\x08\x12\x12\n\nparent_img\x18\x0e \x01(\t\x12\x11\n\ttrack_mem\x18\x0f \x01(\x08\x12.\n\ninherit_fd\x18\x1b \x03(\x0b\x32\x1a.quicferry.criu.inherit_fd\x12\x10\n\x08\x65xternal\x18% \x03(\t\x12\x39\n\x13manage_cgroups_mode\x18\" \x01(\x0e\x32\x1c.quicferry.criu.criu_cg_mode\x12\x0f\n\x07timeout\x18- \x01(\r\x12>\n\x0cnetwork_lock\x18@ \x01(\x0e\x32(.quicferry.criu.criu_network_lock_method\" \n\x11\x63riu_restore_resp\x12\x0b\n\x03pid\x18\x01 \x02(\x05\"*\n\x0b\x63riu_notify\x12\x0e\n\x06script\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\"K\n\rcriu_features\x12\x11\n\tmem_track\x18\x01 \x01(\x08\x12\x12\n\nlazy_pages\x18\x02 \x01(\x08\x12\x13\n\x0bpidfd_store\x18\x03 \x01(\x08\"\xbc\x01\n\x08\x63riu_req\x12+\n\x04type\x18\x01 \x02(\x0e\x32\x1d.quicferry.criu.criu_req_type\x12\'\n\x04opts\x18\x02 \x01(\x0b\x32\x19.quicferry.criu.criu_opts\x12\x16\n\x0enotify_success\x18\x03 \x01(\x08\x12\x11\n\tkeep_open\x18\x04 \x01(\x08\x12/\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0b\x32\x1d.quicferry.criu.criu_features\"[\n\x0c\x63riu_version\x12\x14\n\x0cmajor_number\x18\x01 \x02(\x05\x12\x14\n\x0cminor_number\x18\x02 \x02(\x05\x12\r\n\x05gitid\x18\x03 \x01(\t\x12\x10\n\x08sublevel\x18\x04 \x01(\x05\"\xaf\x02\n\tcriu_resp\x12+\n\x04type\x18\x01 \x02(\x0e\x32\x1d.quicferry.criu.criu_req_type\x12\x0f\n\x07success\x18\x02 \x02(\x08\x12\x32\n\x07restore\x18\x04 \x01(\x0b\x32!.quicferry.criu.criu_restore_resp\x12+\n\x06notify\x18\x05 \x01(\x0b\x32\x1b.quicferry.criu.criu_notify\x12\x10\n\x08\x63r_errno\x18\x07 \x01(\x05\x12/\n\x08\x66\x65\x61tures\x18\x08 \x01(\x0b\x32\x1d.quicferry.criu.criu_features\x12\x11\n\tcr_errmsg\x18\t \x01(\t\x12-\n\x07version\x18\n \x01(\x0b\x32\x1c.quicferry.criu.criu_version\"\xcb\x01\n\x10\x64ump_stats_entry\x12\x15\n\rfreezing_time\x18\x01 \x02(\r\x12\x13\n\x0b\x66rozen_time\x18\x02 \x02(\r\x12\x14\n\x0cmemdump_time\x18\x03 \x02(\r\x12\x15\n\rmemwrite_time\x18\x04 \x02(\r\x12\x15\n\rpages_scanned\x18\x05 \x02(\x04\x12\x1c\n\x14pages_skipped_parent\x18\x06 \x02(\x04\x12\x15\n\rpages_written\x18\x07 \x02(\x04\x12\x12\n\npages_lazy\x18\t \x02(\x04\"\x8c\x01\n\x13restore_stats_entry\x12\x16\n\x0epages_compared\x18\x01 \x02(\x04\x12\x19\n\x11pages_skipped_cow\x18\x02 \x02(\x04\x12\x14\n\x0c\x66orking_time\x18\x03 \x02(\r\x12\x14\n\x0crestore_time\x18\x04 \x02(\r\x12\x16\n\x0epages_restored\x18\x05 \x01(\x04\"s\n\x0bstats_entry\x12.\n\x04\x64ump\x18\x01 \x01(\x0b\x32 .quicferry.criu.dump_stats_entry\x12\x34\n\x07restore\x18\x02 \x01(\x0b\x32#.quicferry.criu.restore_stats_entry*\x1a\n\x0c\x63riu_cg_mode\x12\n\n\x06IGNORE\x10\x00*$\n\x18\x63riu_network_lock_method\x12\x08\n\x04SKIP\x10\x03*v\n\rcriu_req_type\x12\t\n\x05\x45MPTY\x10\x00\x12\x08\n\x04\x44UMP\x10\x01\x12\x0b\n\x07RESTORE\x10\x02\x12\t\n\x05\x43HECK\x10\x03\x12\x0c\n\x08PRE_DUMP\x10\x04\x12\n\n\x06NOTIFY\x10\x06\x12\x11\n\rFEATURE_CHECK\x10\t\x12\x0b\n\x07VERSION\x10\n')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quicferry.host.criu_rpc_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CRIU_CG_MODE']._serialized_start=1687
-  _globals['_CRIU_CG_MODE']._serialized_end=1713
-  _globals['_CRIU_NETWORK_LOCK_METHOD']._serialized_start=1715
-  _globals['_CRIU_NETWORK_LOCK_METHOD']._serialized_end=1751
-  _globals['_CRIU_REQ_TYPE']._serialized_start=1753
-  _globals['_CRIU_REQ_TYPE']._serialized_end=1871
+  _globals['_CRIU_CG_MODE']._serialized_start=1705
+  _globals['_CRIU_CG_MODE']._serialized_end=1731
+  _globals['_CRIU_NETWORK_LOCK_METHOD']._serialized_start=1733
+  _globals['_CRIU_NETWORK_LOCK_METHOD']._serialized_end=1769
+  _globals['_CRIU_REQ_TYPE']._serialized_start=1771
+  _globals['_CRIU_REQ_TYPE']._serialized_end=1889
   _globals['_INHERIT_FD']._serialized_start=49
   _globals['_INHERIT_FD']._serialized_end=86
   _globals['_CRIU_OPTS']._serialized_start=89
-  _globals['_CRIU_OPTS']._serialized_end=474
-  _globals['_CRIU_RESTORE_RESP']._serialized_start=476
-  _globals['_CRIU_RESTORE_RESP']._serialized_end=508
-  _globals['_CRIU_NOTIFY']._serialized_start=510
-  _globals['_CRIU_NOTIFY']._serialized_end=552
-  _globals['_CRIU_FEATURES']._serialized_start=554
-  _globals['_CRIU_FEATURES']._serialized_end=629
-  _globals['_CRIU_REQ']._serialized_start=632
-  _globals['_CRIU_REQ']._serialized_end=820
-  _globals['_CRIU_VERSION']._serialized_start=822
-  _globals['_CRIU_VERSION']._serialized_end=913
-  _globals['_CRIU_RESP']._serialized_start=916
-  _globals['_CRIU_RESP']._serialized_end=1219
-  _globals['_DUMP_STATS_ENTRY']._serialized_start=1222
-  _globals['_DUMP_STATS_ENTRY']._serialized_end=1425
-  _globals['_RESTORE_STATS_ENTRY']._serialized_start=1428
-  _globals['_RESTORE_STATS_ENTRY']._serialized_end=1568
-  _globals['_STATS_ENTRY']._serialized_start=1570
-  _globals['_STATS_ENTRY']._serialized_end=1685
+  _globals['_CRIU_OPTS']._serialized_end=492
+  _globals['_CRIU_RESTORE_RESP']._serialized_start=494
+  _globals['_CRIU_RESTORE_RESP']._serialized_end=526
+  _globals['_CRIU_NOTIFY']._serialized_start=528
+  _globals['_CRIU_NOTIFY']._serialized_end=570
+  _globals['_CRIU_FEATURES']._serialized_start=572
+  _globals['_CRIU_FEATURES']._serialized_end=647
+  _globals['_CRIU_REQ']._serialized_start=650
+  _globals['_CRIU_REQ']._serialized_end=838
+  _globals['_CRIU_VERSION']._serialized_start=840
+  _globals['_CRIU_VERSION']._serialized_end=931
+  _globals['_CRIU_RESP']._serialized_start=934
+  _globals['_CRIU_RESP']._serialized_end=1237
+  _globals['_DUMP_STATS_ENTRY']._serialized_start=1240
+  _globals['_DUMP_STATS_ENTRY']._serialized_end=1443
+  _globals['_RESTORE_STATS_ENTRY']._serialized_start=1446
+  _globals['_RESTORE_STATS_ENTRY']._serialized_end=1586
+  _globals['_STATS_ENTRY']._serialized_start=1588
+  _globals['_STATS_ENTRY']._serialized_end=1703
 # @@protoc_insertion_point(module_scope)

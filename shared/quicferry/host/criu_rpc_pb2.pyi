@@ -44,7 +44,7 @@ class inherit_fd(_message.Message):
     def __init__(self, key: _Optional[str] = ..., fd: _Optional[int] = ...) -> None: ...
 
 class criu_opts(_message.Message):
-    __slots__ = ("images_dir_fd", "images_dir", "pid", "leave_running", "log_level", "log_file", "notify_scripts", "parent_img", "track_mem", "inherit_fd", "manage_cgroups_mode", "timeout", "network_lock")
+    __slots__ = ("images_dir_fd", "images_dir", "pid", "leave_running", "log_level", "log_file", "notify_scripts", "parent_img", "track_mem", "inherit_fd", "external", "manage_cgroups_mode", "timeout", "network_lock")
     IMAGES_DIR_FD_FIELD_NUMBER: _ClassVar[int]
     IMAGES_DIR_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class criu_opts(_message.Message):
     PARENT_IMG_FIELD_NUMBER: _ClassVar[int]
     TRACK_MEM_FIELD_NUMBER: _ClassVar[int]
     INHERIT_FD_FIELD_NUMBER: _ClassVar[int]
+    EXTERNAL_FIELD_NUMBER: _ClassVar[int]
     MANAGE_CGROUPS_MODE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     NETWORK_LOCK_FIELD_NUMBER: _ClassVar[int]
@@ -68,10 +69,11 @@ class criu_opts(_message.Message):
     parent_img: str
     track_mem: bool
     inherit_fd: _containers.RepeatedCompositeFieldContainer[inherit_fd]
+    external: _containers.RepeatedScalarFieldContainer[str]
     manage_cgroups_mode: criu_cg_mode
     timeout: int
     network_lock: criu_network_lock_method
-    def __init__(self, images_dir_fd: _Optional[int] = ..., images_dir: _Optional[str] = ..., pid: _Optional[int] = ..., leave_running: bool = ..., log_level: _Optional[int] = ..., log_file: _Optional[str] = ..., notify_scripts: bool = ..., parent_img: _Optional[str] = ..., track_mem: bool = ..., inherit_fd: _Optional[_Iterable[_Union[inherit_fd, _Mapping]]] = ..., manage_cgroups_mode: _Optional[_Union[criu_cg_mode, str]] = ..., timeout: _Optional[int] = ..., network_lock: _Optional[_Union[criu_network_lock_method, str]] = ...) -> None: ...
+    def __init__(self, images_dir_fd: _Optional[int] = ..., images_dir: _Optional[str] = ..., pid: _Optional[int] = ..., leave_running: bool = ..., log_level: _Optional[int] = ..., log_file: _Optional[str] = ..., notify_scripts: bool = ..., parent_img: _Optional[str] = ..., track_mem: bool = ..., inherit_fd: _Optional[_Iterable[_Union[inherit_fd, _Mapping]]] = ..., external: _Optional[_Iterable[str]] = ..., manage_cgroups_mode: _Optional[_Union[criu_cg_mode, str]] = ..., timeout: _Optional[int] = ..., network_lock: _Optional[_Union[criu_network_lock_method, str]] = ...) -> None: ...
 
 class criu_restore_resp(_message.Message):
     __slots__ = ("pid",)

@@ -37,6 +37,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Descriptor number to ``pipe:[inode]``: the standard streams that lead out of the berth."""
     boot_id: str = ""
     """The boot that the clocks in the images belong to."""
+    heap: str = ""
+    """CRIU's name for the shared heap, which is not in the images; empty if all memory is."""
 
 
 class Images:

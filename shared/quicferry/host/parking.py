@@ -249,8 +249,9 @@ class Dock:
         with contextlib.suppress(OSError):
             _grow(self._udp)
         # Only at end of file has the server closed its own copy: before it, it could still send.
-        while await asyncio.get_running_loop().sock_recv(connection, 64):
-            pass
+        if await asyncio.get_running_loop().sock_recv(connection, len(handover.CALLED_OFF)):
+            self._drop()
+            raise FerryError("hold_refused", "The server called the hand-over off.")
         self._parked.set()
 
     async def _adopt(self, connection: socket.socket) -> None:

@@ -14,6 +14,7 @@ import structlog
 from quicferry.host import criu_stats, processes
 from quicferry.host.berths import BerthFacts
 from quicferry.host.criu import CriuSession, outlive
+from quicferry.host.heap import Heap
 from quicferry.host.images import Images, Manifest, boot_id
 from quicferry.host.parking import Dock, bind_parked
 from quicferry.host.podman import Podman
@@ -45,6 +46,7 @@ class Source:
         self._server: Process | None = None
         self._criu: CriuSession | None = None
         self._dock: Dock | None = None
+        self._heap: Heap | None = None
         self._told = False
         """SIGTERM was sent."""
         self._dump: asyncio.Task[None] | None = None
@@ -65,12 +67,22 @@ class Source:
             raise FerryError("server_gone", f"No server runs in berth {berth.name}.")
         self._server = server
         rss = processes.rss_bytes(server.pid)
-        self._images.create(room_for_bytes=rss)
+        self._heap = Heap.of(server.pid)
+        shared = self._heap.size_bytes if self._heap is not None else 0
+        self._images.create(room_for_bytes=max(0, rss - shared))
         self._dock = Dock.open(berth.init_pid, berth.port)
         self._dock.expect(server.pid)
         self._criu = await CriuSession.start(berth.init_pid, self._images)
-        self._log.info("source_ready", pid=server.pid, rss_bytes=rss, criu=".".join(map(str, self._criu.version)))
-        return events.SourceReady(id=self._request.id, at_ms=now_ms(), image=berth.image, rss_bytes=rss)
+        self._log.info(
+            "source_ready",
+            pid=server.pid,
+            rss_bytes=rss,
+            shared_bytes=shared,
+            criu=".".join(map(str, self._criu.version)),
+        )
+        return events.SourceReady(
+            id=self._request.id, at_ms=now_ms(), image=berth.image, rss_bytes=rss, shared_bytes=shared
+        )
 
     async def pre_dump(self, number: int) -> events.PreDumped:
         """Pre-copy round ``number``, from 1, while the server serves.
@@ -95,11 +107,13 @@ class Source:
         hold at once. Raises FerryError ``hold_refused``, ``server_gone``, ``criu_failed``.
         """
         criu, server, dock = self._ready()
-        await criu.begin_dump(server.berth_pid, rounds=self._rounds, timeout=self._phase)
+        heap = self._heap.key if self._heap is not None else ""
+        external = [heap] if heap else []
+        await criu.begin_dump(server.berth_pid, rounds=self._rounds, external=external, timeout=self._phase)
         options = self._request.options
         limit = (options.ack_timeout_ms + options.quiesce_timeout_ms) / 1e3 + HOLD_MARGIN
         self._pipes = processes.outer_pipes(server.pid)
-        self._images.write_manifest(Manifest(pipes=self._pipes, boot_id=boot_id()))
+        self._images.write_manifest(Manifest(pipes=self._pipes, boot_id=boot_id(), heap=heap))
         start = time.monotonic()
         self._told = True
         if not server.signal(signal.SIGTERM):
@@ -200,6 +214,9 @@ class Source:
         if self._server is not None:
             self._server.close()
             self._server = None
+        if self._heap is not None:
+            self._heap.close()
+            self._heap = None
 
     async def _end_dump(self) -> None:
         if self._dump is not None:

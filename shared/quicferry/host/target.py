@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ import structlog
 from quicferry.host import criu_stats, processes
 from quicferry.host.berths import BerthFacts
 from quicferry.host.criu import CriuSession, outlive
+from quicferry.host.heap import Heap
 from quicferry.host.images import Images, boot_id
 from quicferry.host.parking import Dock, bind_parked, readable
 from quicferry.host.podman import Podman
@@ -46,6 +48,9 @@ class Target:
         self._server: Process | None = None
         self._criu: CriuSession | None = None
         self._dock: Dock | None = None
+        self._source: Process | None = None
+        """The server at the source, if it has a shared heap: it must be gone before the target runs."""
+        self._heap: Heap | None = None
         self._complete = -1
         """Readable once the images are complete."""
         self._log = log.bind(id=request.id, berth=request.target.berth)
@@ -69,9 +74,11 @@ class Target:
         self._images.create()
         self._complete = self._images.listen_for_complete()
         self._dock = self._dock or self._open_dock(berth)
+        await self._find_heap()
         outputs = [os.open(f"/proc/{berth.init_pid}/fd/{number}", os.O_WRONLY | os.O_CLOEXEC) for number in OUTPUTS]
+        streams = [*outputs, self._heap.fd] if self._heap is not None else outputs
         try:
-            self._criu = await CriuSession.start(berth.init_pid, self._images, cgroup_of=berth, streams=outputs)
+            self._criu = await CriuSession.start(berth.init_pid, self._images, cgroup_of=berth, streams=streams)
         finally:
             for fd in outputs:
                 os.close(fd)
@@ -96,7 +103,7 @@ class Target:
     async def restore(self) -> events.Restored:
         """Rebuild the process; it does not run yet, and :meth:`stand_by` is still to come.
 
-        Raises FerryError ``criu_failed``, ``phase_timeout``.
+        Raises FerryError ``criu_failed``, ``phase_timeout``, ``heap_gone``.
         """
         if self._criu is None or self._dock is None:
             raise FerryError(
@@ -113,6 +120,14 @@ class Target:
             for number, link in manifest.pipes.items()
             if int(number) in OUTPUTS
         }
+        if manifest.heap:
+            if self._heap is None or self._heap.key != manifest.heap:
+                raise FerryError(
+                    "heap_gone",
+                    "The server's shared heap is not to be found: the source and whoever else held it are gone.",
+                    hint="Start a new server in a berth of the service.",
+                )
+            inherited[manifest.heap] = self._criu.stream(len(OUTPUTS))
         self._images.mark(RESTORE_BEGUN)
         self._server = await self._criu.restore(inherited, timeout=self._phase)
         done = time.monotonic()
@@ -177,6 +192,9 @@ class Target:
             )
         )
         queued = dock.queued_bytes
+        if self._source is not None:
+            # Frozen or standing still, it runs no further; both copies have the same heap.
+            self._source.signal(signal.SIGKILL)
         # Before it runs: held, it blocks the signal and finds it waiting, a round trip to CRIU sooner.
         if not server.signal(signal.SIGUSR2):
             raise FerryError("server_gone", "The restored server is gone.", hint="The berth's log says why.")
@@ -238,6 +256,12 @@ class Target:
         if self._server is not None:
             self._server.close()
             self._server = None
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+        if self._heap is not None:
+            self._heap.close()
+            self._heap = None
         if self._complete >= 0:
             os.close(self._complete)
             self._complete = -1
@@ -251,6 +275,20 @@ class Target:
         processes.check_host_pids(berth.init_pid, berth.container)
         self._berth = berth
         return berth, processes.occupant(berth.init_pid)
+
+    async def _find_heap(self) -> None:
+        """Get hold of the source's shared heap, if it has one; nothing changes once it has been found."""
+        if self._heap is not None:
+            return
+        with contextlib.suppress(FerryError):  # no source: then it is the checkpoint agent who says so
+            berth = await self._podman.berth(self._request.source.berth)
+            source = processes.occupant(berth.init_pid)
+            if source is not None:
+                self._heap = Heap.of(source.pid)
+                if self._heap is None:
+                    source.close()
+                else:
+                    self._source = source
 
     def _open_dock(self, berth: BerthFacts) -> Dock:
         udp = bind_parked(berth.init_pid, berth.port)
@@ -271,6 +309,7 @@ class Target:
             await self.stand_by()
         elif processes.is_held(server.pid):
             # CRIU let it go when the agent died; the socket and its queue died too, so a new one it is.
+            await self._find_heap()
             self._server = server
             self._dock = self._dock or self._open_dock(berth)
             self._dock.expect(server.pid)

@@ -22,6 +22,7 @@ CODES: Final[dict[str, str]] = {
     "phase_timeout": "A phase took longer than its limit.",
     "server_gone": "The server's process is not there.",
     "server_unarmed": "The server's wrapper did not answer.",
+    "heap_gone": "The memory of the server can't be found any more.",
     "hold_refused": "The server did not give up its socket.",
     "image_mismatch": "The berths run different images.",
     "dirty_tracking_missing": "This kernel does not track dirty pages.",

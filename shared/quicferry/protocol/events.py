@@ -105,6 +105,8 @@ class SourceReady(Event, tag="checkpoint.prepared", frozen=True, kw_only=True):
     image: str
     """The berth's image id, to compare with the target's."""
     rss_bytes: int
+    shared_bytes: int = 0
+    """How much of it is a shared heap, which is mapped again instead of copied."""
 
 
 class PreDumped(Event, tag="checkpoint.pre_dumped", frozen=True, kw_only=True):

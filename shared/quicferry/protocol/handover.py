@@ -5,7 +5,7 @@ connection, one JSON line each way:
 
 - ``park``: the wrapper sends the line with its UDP socket attached (SCM_RIGHTS), closes its own UDP
   socket and then the connection, and stands still until SIGUSR2. End of file tells the agent that
-  the process holds no socket: from here it cannot send.
+  the process holds no socket: from here it cannot send. Any byte before it calls the hand-over off.
 - ``adopt``: the wrapper asks, the agent answers ``adopted`` with the parked UDP socket attached,
   queue and all.
 """
@@ -22,6 +22,8 @@ from quicferry.protocol.wire import Name
 MAX_LINE_BYTES: Final = 4096
 TIMEOUT: Final = 2.0
 """Seconds either side waits for the other."""
+
+CALLED_OFF: Final = b"\n"
 
 
 def socket_name(port: int) -> str:

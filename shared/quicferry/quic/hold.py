@@ -10,13 +10,11 @@ import asyncio
 import contextlib
 import gc
 import os
-import select
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import structlog
@@ -24,6 +22,7 @@ import structlog
 from quicferry.protocol import handover, wire
 from quicferry.protocol.errors import FerryError
 from quicferry.quic.migratable import MigratableUDP
+from quicferry.quic.still import Stillness
 
 log = structlog.get_logger(__name__)
 
@@ -31,8 +30,6 @@ COLLECT_AGAIN: Final = 1.0
 """Seconds after a hold until garbage is collected again."""
 WAKE: Final = signal.SIGUSR2
 STOP: Final = signal.SIGTERM
-WITH_THREADS_LOOK_EVERY: Final = 0.005
-"""Seconds between looks for a signal that another thread may have taken."""
 
 
 class Back(msgspec.Struct, frozen=True):
@@ -54,11 +51,11 @@ def hold(udp: MigratableUDP, migration: str) -> Back:
     line = wire.encode(handover.Park(id=migration)) + b"\n"
     collects = gc.isenabled()
     gc.disable()
-    with _signals_blocked(), _Stray() as stray:
+    with _signals_blocked(), Stillness((WAKE, STOP)) as stillness:
         try:
             since = time.time()  # before parking: the freeze may come between any two steps after it
-            _park(udp, name, line)
-            adopted, sock = _stand_still(name, stray)
+            woken_by = _park(udp, name, line, stillness)
+            adopted, sock = _socket_back(name, woken_by, stillness)
             queued = udp.adopt(sock)
         finally:
             if collects:
@@ -79,26 +76,30 @@ def adopt(udp: MigratableUDP) -> handover.Adopted | None:
     return adopted
 
 
-def _park(udp: MigratableUDP, name: str, line: bytes) -> None:
-    agent = _connect(name)
-    with agent:
+def _park(udp: MigratableUDP, name: str, line: bytes, stillness: Stillness) -> int:
+    """Hand the socket over and stand still; the signal that ended it."""
+    with _connect(name) as agent:
         sock = udp.release()
         try:
             sent = socket.send_fds(agent, [line], [sock.fileno()])
             if sent != len(line):
                 raise OSError("the line was not taken whole")
+            # A SIGTERM from before this moment was about the move that is now under way.
+            signal.sigtimedwait({STOP}, 0)
+            # Both are closed once nothing runs any more; the end of file tells the agent that we hold no socket.
+            return stillness.wait(sock, agent)
         except OSError as error:
             udp.adopt(sock)
             raise FerryError("hold_refused", f"The berth's agent did not take the socket: {error}.") from None
-        sock.close()
-        # A SIGTERM from before this moment was about the move that is now under way.
-        signal.sigtimedwait({STOP}, 0)
-    # Here the connection is closed too: its end of file tells the agent that we hold no socket.
+        except FerryError:
+            agent.sendall(handover.CALLED_OFF)
+            udp.adopt(sock)
+            raise
 
 
-def _stand_still(name: str, stray: _Stray) -> tuple[handover.Adopted, socket.socket]:
+def _socket_back(name: str, woken_by: int, stillness: Stillness) -> tuple[handover.Adopted, socket.socket]:
     while True:
-        if stray.wait() == STOP:
+        if woken_by == STOP:
             # Our connections belong to another copy, or to nobody: nothing here may say goodbye for them.
             os._exit(0)
         end = time.monotonic() + handover.TIMEOUT
@@ -111,6 +112,7 @@ def _stand_still(name: str, stray: _Stray) -> tuple[handover.Adopted, socket.soc
                     log.error("adopt_failed", code=error.code, reason=error.message)
                     break
                 time.sleep(0.005)
+        woken_by = stillness.wait()
 
 
 def _connect(name: str) -> socket.socket:
@@ -165,33 +167,3 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Stray:
-    """Waits for a blocked signal, also when an application's own thread is the one that gets it.
-
-    A signal to the process goes to any thread that does not block it (signal(7)); Python then notes
-    it in the wake-up descriptor, which for the time being is a pipe of ours.
-    """
-
-    def __enter__(self) -> _Stray:
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        signal.set_wakeup_fd(self._before)
-        os.close(self._read)
-        os.close(self._write)
-
-    def wait(self) -> int:
-        """The signal, WAKE or STOP."""
-        if threading.active_count() == 1:
-            return signal.sigwaitinfo({WAKE, STOP}).si_signo
-        while True:
-            if (info := signal.sigtimedwait({WAKE, STOP}, WITH_THREADS_LOOK_EVERY)) is not None:
-                return info.si_signo
-            if select.select([self._read], [], [], 0)[0]:
-                for number in os.read(self._read, 64):
-                    if number in (WAKE, STOP):
-                        return number
