@@ -133,7 +133,8 @@ class Harbour:
         arguments += ["--label", f"{berths.LABEL_PORT}={PORT}"]
         arguments += ["--label", f"{berths.LABEL_ADDRESS}=127.0.0.1:{PORT}", "--entrypoint", ""]
         arguments += ["-v", f"{PROJECT}/shared/quicferry/host/berth_init.py:/test/berth_init.py:ro"]
-        arguments += ["-v", f"{PROJECT}/tests/e2e/udp_echo.py:/test/udp_echo.py:ro"]
+        for script in ("udp_echo.py", "heap_server.py"):
+            arguments += ["-v", f"{PROJECT}/tests/e2e/{script}:/test/{script}:ro"]
         for key, value in (env or {}).items():
             arguments += ["-e", f"{key}={value}"]
         container = podman(*arguments, IMAGE, *BERTH_INIT, *command)
@@ -190,6 +191,12 @@ class EchoClient:
 
     def send(self, berth: TestBerth, text: str) -> None:
         self.udp.sendto(text.encode(), (berth.ip, PORT))
+
+    async def line(self) -> str:
+        """The next datagram's text."""
+        async with asyncio.timeout(START_TIMEOUT):
+            data, _ = await asyncio.get_running_loop().sock_recvfrom(self.udp, 2048)
+        return data.decode()
 
     async def answer(self) -> tuple[int, int, str, str]:
         """The next answer: running number, PID in the berth, text, and the IP it came from."""

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import msgspec
 import pytest
 import pytest_asyncio
 
-from quicferry.host import criu, processes, source
+from quicferry.host import processes, source
 from quicferry.host.parking import bind_parked
 from quicferry.host.podman import Podman
-from quicferry.host.source import Source
-from quicferry.host.target import Target
-from quicferry.protocol import events
-from quicferry.protocol.agents import AgentRequest
 from quicferry.protocol.errors import FerryError
 from tests.e2e.berths import (
     ECHO,
     PORT,
-    PROJECT,
     EchoClient,
     Harbour,
-    TestBerth,
     client_of,
     harbour,
-    quick_options,
     sockets_of,
 )
+from tests.e2e.moves_by_hand import Ends, die, occupant_pid
 
 pytestmark = pytest.mark.e2e
 
@@ -48,45 +39,6 @@ async def podman(port: Harbour) -> AsyncIterator[Podman]:
     client = client_of(port)
     yield client
     client.close()
-
-
-class Ends:
-    """Both ends of one migration, closed in the end whatever happens."""
-
-    def __init__(self, port: Harbour, podman: Podman, here: TestBerth, there: TestBerth, *, epoch: int = 1) -> None:
-        self.request = AgentRequest(
-            id=f"move-{epoch}",
-            service="echo",
-            epoch=epoch,
-            source=here.place,
-            target=there.place,
-            options=quick_options(),
-        )
-        self.source = Source(podman, port.images, self.request)
-        self.target = Target(podman, port.images, self.request)
-
-    async def __aenter__(self) -> Ends:
-        await self.source.prepare()
-        await self.target.prepare()
-        return self
-
-    async def resume(self) -> events.Resumed:
-        """All of the target's last verb."""
-        resumed = await self.target.resume()
-        await self.target.leave()
-        self.target.forget()
-        return resumed
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.target.close()
-        await self.source.close()
-
-
-def occupant_pid(berth: TestBerth) -> int:
-    server = processes.occupant(berth.init_pid)
-    assert server is not None
-    with server:
-        return server.pid
 
 
 def images_left(port: Harbour) -> list[str]:
@@ -196,60 +148,10 @@ async def test_a_dump_cancelled_midway_can_be_aborted(port: Harbour, podman: Pod
         assert await client.ask(here, "still here") == 1
 
 
-_AGENT = """
-import asyncio, sys, msgspec
-from pathlib import Path
-from quicferry.host.podman import Podman
-from quicferry.host.source import Source
-from quicferry.host.target import Target
-from quicferry.protocol import events
-from quicferry.protocol.agents import AgentRequest
-
-async def main():
-    url, images, raw, upto = sys.argv[1:]
-    request = msgspec.json.decode(raw, type=AgentRequest)
-    podman = Podman(url)
-    source, target = Source(podman, Path(images), request), Target(podman, Path(images), request)
-    await source.prepare()
-    await target.prepare()
-    await source.hold()
-    await source.dump()
-    if upto == "restored":
-        await target.restore()
-        await target.stand_by()
-    print("READY", flush=True)
-    await asyncio.Event().wait()
-
-asyncio.run(main())
-"""
-
-
-async def _die(port: Harbour, podman: Podman, request: AgentRequest, upto: str, *, settle: bool = True) -> None:
-    """Run both ends in a process of its own up to ``upto``, then kill that with SIGKILL."""
-    agent = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-c", _AGENT, port.url, str(port.images), msgspec.json.encode(request).decode(), upto),
-        env={**os.environ, "PYTHONPATH": str(PROJECT / "shared")},
-        stdout=asyncio.subprocess.PIPE,
-    )
-    assert agent.stdout is not None
-    try:
-        async with asyncio.timeout(30):
-            while b"READY" not in (line := await agent.stdout.readline()):
-                assert line, "the agent ended early"
-    finally:
-        agent.send_signal(signal.SIGKILL)
-        await agent.wait()
-    # CRIU ends by itself when it finds its client gone; only then are both copies let go.
-    for place in (request.source, request.target) if settle else ():
-        berth = await podman.berth(place.berth)
-        await criu.outlive(berth.init_pid)
-
-
 async def test_a_killed_agent_leaves_the_source_mute_until_the_next_takes_over(port: Harbour, podman: Podman) -> None:
     here, there = await port.berth("a", ECHO), await port.berth("b")
     ends = Ends(port, podman, here, there)
-    await _die(port, podman, ends.request, "dumped")
+    await die(port, podman, ends.request, "dumped")
     pid = occupant_pid(here)
     with processes.Process(pid) as server:
         # Thawed by its tracer's death, whoever was first: alive, standing still, and without any IP socket.
@@ -277,7 +179,7 @@ async def test_a_killed_agent_leaves_both_copies_mute_and_either_can_go_on(port:
     here, there = await port.berth("a", ECHO), await port.berth("b")
     for epoch, forward in ((1, False), (2, True)):
         ends = Ends(port, podman, here, there, epoch=epoch)
-        await _die(port, podman, ends.request, "restored")
+        await die(port, podman, ends.request, "restored")
         for berth in (here, there):
             pid = occupant_pid(berth)
             assert processes.is_held(pid)
@@ -303,7 +205,7 @@ async def test_a_killed_agent_leaves_both_copies_mute_and_either_can_go_on(port:
 async def test_the_next_agent_waits_for_the_dead_ones_criu(port: Harbour, podman: Podman, forward: bool) -> None:
     here, there = await port.berth("a", ECHO), await port.berth("b")
     ends = Ends(port, podman, here, there)
-    await _die(port, podman, ends.request, "restored", settle=False)
+    await die(port, podman, ends.request, "restored", settle=False)
     try:
         if forward:
             await asyncio.gather(ends.resume(), ends.source.release())
@@ -321,14 +223,14 @@ async def test_the_next_agent_waits_for_the_dead_ones_criu(port: Harbour, podman
 async def test_a_target_whose_restored_process_is_gone_is_restored_again(port: Harbour, podman: Podman) -> None:
     here, there = await port.berth("a", ECHO), await port.berth("b")
     ends = Ends(port, podman, here, there)
-    await _die(port, podman, ends.request, "restored")
+    await die(port, podman, ends.request, "restored")
     lost = processes.occupant(there.init_pid)
     assert lost is not None
     with lost:
         assert await lost.kill()
     try:
-        await ends.source.release()
         await ends.resume()
+        await ends.source.release()
     finally:
         await ends.target.close()
         await ends.source.close()

@@ -12,7 +12,7 @@ from typing import Final
 
 import structlog
 
-from quicferry.host import criu_stats, processes
+from quicferry.host import criu_stats, processes, thread_ids
 from quicferry.host.berths import BerthFacts
 from quicferry.host.criu import CriuSession, outlive
 from quicferry.host.heap import Heap
@@ -49,7 +49,7 @@ class Target:
         self._criu: CriuSession | None = None
         self._dock: Dock | None = None
         self._source: Process | None = None
-        """The server at the source, if it has a shared heap: it must be gone before the target runs."""
+        """The server at the source, as far as this side has to know it."""
         self._heap: Heap | None = None
         self._complete = -1
         """Readable once the images are complete."""
@@ -74,7 +74,9 @@ class Target:
         self._images.create()
         self._complete = self._images.listen_for_complete()
         self._dock = self._dock or self._open_dock(berth)
-        await self._find_heap()
+        await self._find_source()
+        taken = thread_ids.of(self._source.pid) if self._source is not None else []
+        await thread_ids.continue_at(berth.init_pid, thread_ids.free_range(self._request.epoch, taken))
         outputs = [os.open(f"/proc/{berth.init_pid}/fd/{number}", os.O_WRONLY | os.O_CLOEXEC) for number in OUTPUTS]
         streams = [*outputs, self._heap.fd] if self._heap is not None else outputs
         try:
@@ -192,8 +194,8 @@ class Target:
             )
         )
         queued = dock.queued_bytes
-        if self._source is not None:
-            # Frozen or standing still, it runs no further; both copies have the same heap.
+        if self._source is not None and self._heap is not None:
+            # Frozen or standing still, it runs no further: the two copies have one heap.
             self._source.signal(signal.SIGKILL)
         # Before it runs: held, it blocks the signal and finds it waiting, a round trip to CRIU sooner.
         if not server.signal(signal.SIGUSR2):
@@ -276,19 +278,15 @@ class Target:
         self._berth = berth
         return berth, processes.occupant(berth.init_pid)
 
-    async def _find_heap(self) -> None:
-        """Get hold of the source's shared heap, if it has one; nothing changes once it has been found."""
-        if self._heap is not None:
+    async def _find_source(self) -> None:
+        """Get hold of the server at the source and of its shared heap; nothing changes once they have been found."""
+        if self._source is not None:
             return
         with contextlib.suppress(FerryError):  # no source: then it is the checkpoint agent who says so
             berth = await self._podman.berth(self._request.source.berth)
-            source = processes.occupant(berth.init_pid)
-            if source is not None:
-                self._heap = Heap.of(source.pid)
-                if self._heap is None:
-                    source.close()
-                else:
-                    self._source = source
+            self._source = processes.occupant(berth.init_pid)
+            if self._source is not None:
+                self._heap = Heap.of(self._source.pid)
 
     def _open_dock(self, berth: BerthFacts) -> Dock:
         udp = bind_parked(berth.init_pid, berth.port)
@@ -309,7 +307,7 @@ class Target:
             await self.stand_by()
         elif processes.is_held(server.pid):
             # CRIU let it go when the agent died; the socket and its queue died too, so a new one it is.
-            await self._find_heap()
+            await self._find_source()
             self._server = server
             self._dock = self._dock or self._open_dock(berth)
             self._dock.expect(server.pid)
