@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from quicferry.protocol.api import Options
 from quicferry.quic.addresses import shown
 from quicferry.quic.client import Connection
+from quicferry.quic.follower import Follower
 from quicferry.quic.meter import Meter, Pause
 from tests.integration.wrapper_kit import LIMIT, Agent, ServerProcess, Tls, dial, make_tls, parked, ping
 
@@ -112,6 +114,26 @@ async def test_fifty_clients_with_traffic_lose_nothing(tls: Tls) -> None:
         assert {connection.handshakes for connection in connections} == {1}
         assert server.of("server.quiesced")[0]["acks"] == 50
         assert len(await server.until("server.client", 50)) >= 50
+
+
+async def test_who_has_just_connected_comes_along(tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handshake is done and the hello still on its way when SIGTERM comes."""
+    hellos: list[Callable[[], None]] = []
+    start = Follower.start
+    async with ServerProcess.start(tls) as server, contextlib.AsyncExitStack() as stack:
+        with Agent(server.port) as agent:
+            monkeypatch.setattr(
+                Follower, "start", lambda follower, name: hellos.append(lambda: start(follower, name))
+            )
+            connection = await stack.enter_async_context(dial(tls, server.port, name="late"))
+            move = asyncio.create_task(a_move(server, agent, "just-now", 1))
+            await server.until("server.migrate", migration="just-now")
+            hellos.pop()()
+            await move
+            assert await connection.migrations[-1].arrived(LIMIT) == "arrived"
+            assert await ping(connection) == b"ping"
+        assert server.of("server.quiesced")[0]["acks"] == 1
+        assert server.of("server.quiesced")[0]["closed"] == 0
 
 
 async def test_an_idle_client_arrives_too(tls: Tls) -> None:

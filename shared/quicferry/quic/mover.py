@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections import deque
@@ -71,6 +72,7 @@ class Mover:
         self._disarm: asyncio.TimerHandle | None = None
         self._move: Move | None = None
         self._task: asyncio.Task[None] | None = None
+        self._joined = asyncio.Event()
         self._past: dict[str, Move] = {}
         self._past_ids: deque[str] = deque()
         self._background: set[asyncio.Task[Any]] = set()
@@ -136,6 +138,7 @@ class Mover:
 
     def joined(self, client: ServedConnection) -> None:
         """A client that says hello while a move is under way comes along."""
+        self._joined.set()
         if self._move is not None and not self._move.held:
             self._move.tell(client)
 
@@ -198,6 +201,7 @@ class Mover:
 
     async def _run(self, move: Move) -> None:
         try:
+            await self._hear_newcomers()
             await asyncio.gather(move.all_acked(), move.all_ready(), self._quiesce(move))
             closed = self._close_those_left_behind(move)
             log.info("quiesced", id=move.id, acks=len(move.acked), clients=len(move.names), closed=closed)
@@ -243,6 +247,14 @@ class Mover:
         )
         self._spawn(self._outbox.resume())
         await self._resumed(move, back.adopted.outcome)
+
+    async def _hear_newcomers(self) -> None:
+        """Who connected just now is given the time to say hello: it can come along then, and is not sent away."""
+        while due := max((stranger.hello_due for stranger in self._server.strangers), default=0.0):
+            self._joined.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(due):
+                    await self._joined.wait()
 
     async def _quiesce(self, move: Move) -> None:
         if self._on_quiesce is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -19,6 +20,8 @@ log = structlog.get_logger(__name__)
 CONTROL_STREAM: Final = 0
 HELLO_WAIT: Final = 1.0
 """Seconds in which a first stream that begins like a hello has to complete the line."""
+HELLO_GRACE: Final = 0.2
+"""Seconds after the handshake in which a move waits for a hello: a client of ours says it at once."""
 MAX_IDLE_LINES: Final = 64
 """Control lines without an effect that a client may send before its control stream is closed."""
 
@@ -52,6 +55,7 @@ class ServedConnection(StreamConnection):
         self.quiesces = False
         self.leaving = False
         """A close was sent; the connection is only waiting for its end."""
+        self._since = 0.0
         self._host = host
         self._first = bytearray()
         self._sniffing: asyncio.TimerHandle | None = None
@@ -64,6 +68,13 @@ class ServedConnection(StreamConnection):
     def has_control(self) -> bool:
         """Whether the client can be told of a move and can answer."""
         return self._control is not None
+
+    @property
+    def hello_due(self) -> float:
+        """Seconds for which a connection that has just been made may still say hello; 0 if it did, or won't."""
+        if self._decided or self.over or self.leaving:
+            return 0.0
+        return max(0.0, self._since + HELLO_GRACE - time.monotonic())
 
     def tell(self, line: bytes) -> bool:
         """Send one control line at once; False if there is no control stream."""
@@ -82,6 +93,7 @@ class ServedConnection(StreamConnection):
         super().say_goodbye(reason)
 
     def handshake_completed(self) -> None:
+        self._since = time.monotonic()
         self._host.connection_established(self)
 
     def connection_over(self, reason: str) -> None:
