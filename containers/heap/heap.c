@@ -268,21 +268,23 @@ static bool halt_others(void) {
 }
 
 // Halt all other threads, close the `open` descriptors (the last one's end of file tells that we stand still), wait for
-// one of the blocked `signals`, and let the threads go on. Nothing here reads or writes the heap. The signal's
-// number; -1 with nothing closed if a thread does not halt within a second: it blocks all signals, or there are too many.
-EXPORT int quicferry_stand_still(const int *open, int open_count, const int *signals, int signal_count) {
+// the blocked signal `wake`, and let the threads go on; exit on the blocked signal `stop`. Nothing here reads or writes the
+// heap. -1 with nothing closed if a thread does not halt within a second: it blocks all signals, or there are too many.
+EXPORT int quicferry_stand_still(const int *open, int open_count, int wake, int stop) {
     sigset_t set;
     sigemptyset(&set);
-    for (int i = 0; i < signal_count; i++) sigaddset(&set, signals[i]);
+    sigaddset(&set, wake);
+    sigaddset(&set, stop);
     int signal = -1;
     if (halt_others()) {
         for (int i = 0; i < open_count; i++) close(open[i]);
         do signal = (int)syscall(SYS_rt_sigtimedwait, &set, NULL, NULL, sizeof(uint64_t));
         while (signal < 0 && errno == EINTR); // a freeze interrupts it (ptrace(2)), and so does a restore
+        if (signal == stop) _exit(0); // our connections belong to another copy, or to nobody
     }
     if (atomic_load(&halt) & 1) {
         atomic_fetch_add(&halt, 1);
         syscall(SYS_futex, &halt, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
     }
-    return signal;
+    return signal < 0 ? -1 : 0;
 }

@@ -32,6 +32,9 @@ Step = Callable[[AgentRequest], AsyncGenerator[AnyEvent, None]]
 
 BERTH_INTERVAL: Final = 2.0
 """Seconds between two looks at the berths when nothing happens."""
+QUIET: Final = 5.0
+"""Seconds after a migration's last step in which nobody looks at the berths: podman is busy for milliseconds then."""
+LAST_VERBS: Final = frozenset({"release", "resume", "abort"})
 MAX_RUNS: Final = 512
 """Steps remembered, so that their repeats are recognised."""
 MAX_UNPUBLISHED: Final = 256
@@ -83,6 +86,8 @@ class Agent:
         self._runs: dict[Key, _Run] = {}
         self._unpublished: asyncio.Queue[AnyEvent] = asyncio.Queue(MAX_UNPUBLISHED)
         self._look = asyncio.Event()
+        self._in_hand: dict[str, float] = {}
+        """When the last step of each unfinished migration began or ended."""
         self._ready = asyncio.Event()
 
     async def ready(self) -> None:
@@ -124,6 +129,7 @@ class Agent:
     def _start(self, key: Key, request: AgentRequest) -> None:
         migration, verb, _ = key
         before = [run for (other, _, _), run in self._runs.items() if other == migration and run.running]
+        self._in_hand[migration] = time.monotonic()
         run = _Run(request.attempt)
         run.task = asyncio.create_task(self._carry_out(run, before, verb, request), name=f"{verb} {migration}")
         self._runs.pop(key, None)
@@ -154,7 +160,10 @@ class Agent:
         else:
             bound.debug("step_done", took_ms=round((time.monotonic() - start) * 1e3, 1))
         finally:
-            self._look.set()
+            self._in_hand[request.id] = time.monotonic()
+            if verb in LAST_VERBS:
+                del self._in_hand[request.id]
+                self._look.set()
 
     def _failure(self, verb: str, request: AgentRequest, error: FerryError) -> AnyEvent:
         failed = CheckpointFailed if self._role == "checkpoint" else RestoreFailed
@@ -186,18 +195,28 @@ class Agent:
         said = ""
         while self._berths is not None:
             self._look.clear()
-            problem = ""
-            try:
-                for berth in await self._berths():
-                    await registry.put_berth(berth)
-            except FerryError as error:
-                problem = str(error)
-                if problem != said:
-                    log.warning("berths_unknown", code=error.code, error=error.message, hint=error.hint)
-            said = problem
+            if not self._busy():
+                said = await self._report_once(registry, self._berths, said)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BERTH_INTERVAL):
                     await self._look.wait()
+
+    async def _report_once(self, registry: Registry, berths: Callable[[], Awaitable[list[Berth]]], said: str) -> str:
+        """Returns what is wrong, which is logged once."""
+        try:
+            for berth in await berths():
+                await registry.put_berth(berth)
+        except FerryError as error:
+            if str(error) != said:
+                log.warning("berths_unknown", code=error.code, error=error.message, hint=error.hint)
+            return str(error)
+        return ""
+
+    def _busy(self) -> bool:
+        """Whether a migration is under way, or its coordinator has not been gone for long."""
+        now = time.monotonic()
+        self._in_hand = {migration: at for migration, at in self._in_hand.items() if now - at < QUIET}
+        return bool(self._in_hand)
 
     @contextlib.asynccontextmanager
     async def _served(self, bus: Bus) -> AsyncIterator[None]:

@@ -194,9 +194,7 @@ class Target:
             )
         )
         queued = dock.queued_bytes
-        if self._source is not None and self._heap is not None:
-            # Frozen or standing still, it runs no further: the two copies have one heap.
-            self._source.signal(signal.SIGKILL)
+        server.hurry()
         # Before it runs: held, it blocks the signal and finds it waiting, a round trip to CRIU sooner.
         if not server.signal(signal.SIGUSR2):
             raise FerryError("server_gone", "The restored server is gone.", hint="The berth's log says why.")
@@ -221,6 +219,8 @@ class Target:
 
     async def leave(self) -> None:
         """The target serves: end CRIU, and the berth's init has the server for a child. Safe to repeat."""
+        if self._server is not None:
+            self._server.hurry(False)
         if self._criu is not None and self._criu.withheld:
             await self._criu.finish(True, timeout=self._phase)
         await self.close()

@@ -22,14 +22,12 @@ import structlog
 from quicferry.protocol import handover, wire
 from quicferry.protocol.errors import FerryError
 from quicferry.quic.migratable import MigratableUDP
-from quicferry.quic.still import Stillness
+from quicferry.quic.still import STOP, WAKE, Stillness
 
 log = structlog.get_logger(__name__)
 
 COLLECT_AGAIN: Final = 1.0
 """Seconds after a hold until garbage is collected again."""
-WAKE: Final = signal.SIGUSR2
-STOP: Final = signal.SIGTERM
 
 
 class Back(msgspec.Struct, frozen=True):
@@ -51,11 +49,11 @@ def hold(udp: MigratableUDP, migration: str) -> Back:
     line = wire.encode(handover.Park(id=migration)) + b"\n"
     collects = gc.isenabled()
     gc.disable()
-    with _signals_blocked(), Stillness((WAKE, STOP)) as stillness:
+    with _signals_blocked(), Stillness() as stillness:
         try:
             since = time.time()  # before parking: the freeze may come between any two steps after it
-            woken_by = _park(udp, name, line, stillness)
-            adopted, sock = _socket_back(name, woken_by, stillness)
+            _park(udp, name, line, stillness)
+            adopted, sock = _socket_back(name, stillness)
             queued = udp.adopt(sock)
         finally:
             if collects:
@@ -76,8 +74,8 @@ def adopt(udp: MigratableUDP) -> handover.Adopted | None:
     return adopted
 
 
-def _park(udp: MigratableUDP, name: str, line: bytes, stillness: Stillness) -> int:
-    """Hand the socket over and stand still; the signal that ended it."""
+def _park(udp: MigratableUDP, name: str, line: bytes, stillness: Stillness) -> None:
+    """Hand the socket over and stand still."""
     with _connect(name) as agent:
         sock = udp.release()
         try:
@@ -87,7 +85,7 @@ def _park(udp: MigratableUDP, name: str, line: bytes, stillness: Stillness) -> i
             # A SIGTERM from before this moment was about the move that is now under way.
             signal.sigtimedwait({STOP}, 0)
             # Both are closed once nothing runs any more; the end of file tells the agent that we hold no socket.
-            return stillness.wait(sock, agent)
+            stillness.wait(sock, agent)
         except OSError as error:
             udp.adopt(sock)
             raise FerryError("hold_refused", f"The berth's agent did not take the socket: {error}.") from None
@@ -97,11 +95,8 @@ def _park(udp: MigratableUDP, name: str, line: bytes, stillness: Stillness) -> i
             raise
 
 
-def _socket_back(name: str, woken_by: int, stillness: Stillness) -> tuple[handover.Adopted, socket.socket]:
+def _socket_back(name: str, stillness: Stillness) -> tuple[handover.Adopted, socket.socket]:
     while True:
-        if woken_by == STOP:
-            # Our connections belong to another copy, or to nobody: nothing here may say goodbye for them.
-            os._exit(0)
         end = time.monotonic() + handover.TIMEOUT
         while True:
             try:
@@ -112,7 +107,7 @@ def _socket_back(name: str, woken_by: int, stillness: Stillness) -> tuple[handov
                     log.error("adopt_failed", code=error.code, reason=error.message)
                     break
                 time.sleep(0.005)
-        woken_by = stillness.wait()
+        stillness.wait()
 
 
 def _connect(name: str) -> socket.socket:

@@ -1,4 +1,4 @@
-"""Standing still: until a signal comes nothing of the process runs, and with a shared heap nothing touches it.
+"""Standing still: until SIGUSR2 comes nothing of the process runs, and with a shared heap nothing touches it.
 
 The shared heap (containers/heap/heap.c) is mapped by the frozen source and by its restored copy at once, so
 whichever of them an accident lets go must not write to it. Its library waits in C, with all threads halted.
@@ -6,13 +6,11 @@ whichever of them an accident lets go must not write to it. Its library waits in
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
 import socket
 import threading
-from collections.abc import Collection
 from typing import Any, Final
 
 from quicferry.protocol.errors import FerryError
@@ -34,15 +32,16 @@ def _c_function() -> Any:
 _stand_still: Final = _c_function()
 
 
+WAKE: Final = signal.SIGUSR2
+STOP: Final = signal.SIGTERM
+
+
 class Stillness:
-    """Waits for one of some blocked signals; make it where they have just been blocked, as a context manager.
+    """Waits for WAKE; make it where it and STOP have just been blocked, as a context manager.
 
     A signal to the process goes to any thread that does not block it (signal(7)). Without the library Python
     notes it in the wake-up descriptor, which for the time being is a pipe of ours.
     """
-
-    def __init__(self, signals: Collection[signal.Signals]) -> None:
-        self._signals = signals
 
     def __enter__(self) -> Stillness:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -54,38 +53,40 @@ class Stillness:
         os.close(self._read)
         os.close(self._write)
 
-    def wait(self, *closing: socket.socket) -> int:
-        """Close the sockets, in order, and return the signal that came.
+    def wait(self, *closing: socket.socket) -> None:
+        """Close the sockets, in order, and return when WAKE came; STOP ends the process.
 
         Raises FerryError ``hold_refused``, with the sockets still open, if a thread can't be halted.
         """
         if _stand_still is not None:
-            return self._wait_in_c(closing)
+            self._wait_in_c(closing)
+            return
         for sock in closing:
             sock.close()
+        if self._signal() == STOP:
+            # Our connections belong to another copy, or to nobody: nothing here may say goodbye for them.
+            os._exit(0)
+
+    def _signal(self) -> int:
         if threading.active_count() == 1:
-            return signal.sigwaitinfo(self._signals).si_signo
+            return signal.sigwaitinfo({WAKE, STOP}).si_signo
         while True:
-            if (info := signal.sigtimedwait(self._signals, LOOK_EVERY)) is not None:
+            if (info := signal.sigtimedwait({WAKE, STOP}, LOOK_EVERY)) is not None:
                 return info.si_signo
             if select.select([self._read], [], [], 0)[0]:
                 for number in os.read(self._read, 64):
-                    if number in self._signals:
+                    if number in (WAKE, STOP):
                         return number
 
-    def _wait_in_c(self, closing: tuple[socket.socket, ...]) -> int:
+    def _wait_in_c(self, closing: tuple[socket.socket, ...]) -> None:
         import ctypes
 
         fds = (ctypes.c_int * len(closing))(*(sock.fileno() for sock in closing))
-        numbers = (ctypes.c_int * len(self._signals))(*self._signals)
-        number = int(_stand_still(fds, len(fds), numbers, len(numbers)))
-        if number < 0:
+        if _stand_still(fds, len(fds), int(WAKE), int(STOP)):
             raise FerryError(
                 "hold_refused",
                 "A thread of the server can't be halted: it blocks all signals, or there are thousands.",
                 hint="Let it accept signals, or run the server with QUICFERRY_HEAP=private.",
             )
         for sock in closing:
-            with contextlib.suppress(OSError):
-                sock.detach()
-        return number
+            sock.detach()
