@@ -42,16 +42,19 @@ def shown(peer: Peer) -> str:
     return f"[{peer[0]}]:{peer[1]}" if len(peer) == 4 else f"{peer[0]}:{peer[1]}"
 
 
-def open_socket(local: tuple[str, int], *, receive_buffer: int) -> socket.socket:
-    """A non-blocking UDP socket bound to the literal ``local``; ``::`` also takes IPv4 (ipv6(7)).
+def open_socket(local: tuple[str, int], *, receive_buffer: int, succeeds: bool = False) -> socket.socket:
+    """A non-blocking UDP socket bound to the literal ``local``; ``::`` also takes IPv4 (ipv6(7)). Raises OSError.
 
-    SO_REUSEADDR is set so that a successor can be bound before this one is closed. Raises OSError.
+    ``succeeds``: one of ours may be bound there still, with SO_REUSEADDR as well. Never otherwise: two UDP sockets
+    with it share a port without an error, even one that the kernel has chosen, and the newer gets what is
+    meant for both (socket(7)).
     """
     family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if succeeds:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6 and local[0] == "::":
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         widen(sock, receive_buffer)

@@ -44,7 +44,9 @@ class MigratableUDP(UdpEndpoint):
         if self._socket is not None:
             # Both ends of a shared address have to allow it (socket(7)).
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        new = new or open_socket((str(self._bound[0]), self.port), receive_buffer=RECEIVE_BUFFER)
+        new = new or open_socket(
+            (str(self._bound[0]), self.port), receive_buffer=RECEIVE_BUFFER, succeeds=self._socket is not None
+        )
         if (old := self._exchange(new)) is not None:
             self.drain(old, OLD_LIMIT)
             old.close()
@@ -64,7 +66,6 @@ class MigratableUDP(UdpEndpoint):
     def adopt(self, sock: socket.socket) -> int:
         """Go on with ``sock``; the first of what is queued in it is read before this returns. Returns how many."""
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         widen(sock, RECEIVE_BUFFER)
         if (old := self._exchange(sock)) is not None:
             self.drain(old, OLD_LIMIT)
