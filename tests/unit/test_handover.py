@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,7 +16,7 @@ from quicferry.protocol import handover, wire
 from quicferry.protocol.api import Address
 from quicferry.protocol.errors import FerryError
 from quicferry.quic import hold
-from quicferry.quic.migratable import MigratableUDP
+from quicferry.quic.migratable import SO_TIMESTAMPNS, MigratableUDP
 
 ADOPTED = handover.Adopted(
     id="m", outcome="moved", node="n", berth="b", address=Address(host="192.0.2.1", port=4242), epoch=1
@@ -137,9 +138,16 @@ async def test_a_refused_hold_leaves_everything_as_it_was() -> None:
     endpoint.close()
 
 
-async def test_everything_queued_is_read_at_adoption_before_anything_else_runs() -> None:
+async def test_everything_queued_is_read_from_adoption_on() -> None:
     got: list[bytes] = []
-    endpoint = MigratableUDP.bind("127.0.0.1", 0, lambda data, peer: got.append(data))
+    done = asyncio.Event()
+
+    def received(data: bytes, peer: object) -> None:
+        got.append(data)
+        if len(got) == 200:
+            done.set()
+
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, received)
     released = endpoint.release()
     with pytest.raises(OSError, match="given away"):
         endpoint.release()
@@ -150,9 +158,39 @@ async def test_everything_queued_is_read_at_adoption_before_anything_else_runs()
         for number in range(200):
             sender.sendto(b"%d" % number, parked.getsockname())
         assert endpoint.adopt(parked) == 200
+        assert len(got) >= 1, "the first are read at once"
+        assert len(got) < 200, "and the application runs before all are"
+        async with asyncio.timeout(5):
+            await done.wait()
         assert got == [b"%d" % number for number in range(200)]
         assert endpoint.counters.sent == 1
     released.close()
+    endpoint.close()
+
+
+async def test_what_came_before_the_pause_is_read_last() -> None:
+    got: list[bytes] = []
+    done = asyncio.Event()
+
+    def received(data: bytes, peer: object) -> None:
+        got.append(data)
+        if len(got) == 200:
+            done.set()
+
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, received)
+    endpoint.release().close()
+    with udp() as sender:
+        parked = udp()
+        parked.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        for number in range(199):
+            sender.sendto(b"%d" % number, parked.getsockname())
+        since = time.time()
+        sender.sendto(b"in the pause", parked.getsockname())
+        assert endpoint.adopt(parked, since) == 200
+        assert got[0] == b"in the pause"
+        async with asyncio.timeout(5):
+            await done.wait()
+        assert got[1:] == [b"%d" % number for number in range(199)]
     endpoint.close()
 
 

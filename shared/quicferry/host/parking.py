@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 CLONE_NEWNET: Final = 0x40000000
 SO_RCVBUFFORCE: Final = 33
+SO_TIMESTAMPNS: Final = 35
 SO_MEMINFO: Final = 55
 QUEUE_BYTES: Final = 8 * 1024 * 1024
 """Receive buffer of a parked socket: all that clients send during the pause must fit."""
@@ -76,6 +77,8 @@ def bind_parked(init_pid: int, port: int) -> socket.socket:
         udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
             _grow(udp)
+            # The server tells by it what has come before the pause and what in it (socket(7)).
+            udp.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
             # No SO_REUSEPORT: two sockets with it would split what arrives.
             udp.bind(("0.0.0.0", port))  # noqa: S104 - inside the berth; restores anywhere
         except BaseException:

@@ -54,7 +54,7 @@ def hold(udp: MigratableUDP, migration: str) -> Back:
             since = time.time()  # before parking: the freeze may come between any two steps after it
             _park(udp, name, line, stillness)
             adopted, sock = _socket_back(name, stillness)
-            queued = udp.adopt(sock)
+            queued = udp.adopt(sock, since)
         finally:
             if collects:
                 # Not now: a collection takes as long as everything else that the waiting clients wait for.

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import socket
+import struct
+from collections import deque
 from typing import Final
 
-from quicferry.quic.addresses import Peer, open_socket, widen
-from quicferry.quic.udp import RECEIVE_BUFFER, Received, UdpEndpoint
+from quicferry.quic.addresses import Peer, normalised, open_socket, widen
+from quicferry.quic.udp import BATCH, MAX_DATAGRAM, RECEIVE_BUFFER, Received, UdpEndpoint
 
-ADOPT_LIMIT: Final = 256
-"""Datagrams read from an adopted socket before timers and the application run. What a few clients sent in a pause
-is less; with hundreds of them the application must not wait for all, and the loop reads on in batches."""
+CONTROL_BYTES: Final = 64
+SO_TIMESTAMPNS: Final = 35
+"""On most architectures, as SO_TIMESTAMPNS_OLD (asm-generic/socket.h); Python has no name for it."""
 OLD_LIMIT: Final = 65_536
 """Datagrams read from a socket that is about to be closed: more than its queue can hold."""
 RELEASE_LIMIT: Final = 4096
 """Datagrams read before the socket is given away; who swapped has sent them to the target as well."""
+
+
+Datagram = tuple[bytes, Peer]
 
 
 class MigratableUDP(UdpEndpoint):
@@ -22,6 +27,7 @@ class MigratableUDP(UdpEndpoint):
 
     def __init__(self, sock: socket.socket, received: Received) -> None:
         self._received = received
+        self._waiting: deque[Datagram] = deque()
         self._bound = sock.getsockname()[:2]
         super().__init__(sock)
 
@@ -63,14 +69,52 @@ class MigratableUDP(UdpEndpoint):
         self._detach()
         return sock
 
-    def adopt(self, sock: socket.socket) -> int:
-        """Go on with ``sock``; the first of what is queued in it is read before this returns. Returns how many."""
+    def adopt(self, sock: socket.socket, since: float = 0.0) -> int:
+        """Go on with ``sock``, and take what is queued in it, the first of it before this returns. Returns how many.
+
+        What has come before ``since`` (Unix seconds) is taken last, where the socket has the times: while they swap,
+        clients send to both addresses, so the source has answered it, and with hundreds of them it is thousands.
+        """
         sock.setblocking(False)
         widen(sock, RECEIVE_BUFFER)
         if (old := self._exchange(sock)) is not None:
             self.drain(old, OLD_LIMIT)
             old.close()
-        return self.drain(sock, ADOPT_LIMIT)
+        fresh, stale = self._queued(sock, since)
+        self._waiting.extend((*fresh, *stale))
+        self._take_waiting()
+        return len(fresh) + len(stale)
+
+    def _queued(self, sock: socket.socket, since: float) -> tuple[list[Datagram], list[Datagram]]:
+        fresh: list[Datagram] = []
+        stale: list[Datagram] = []
+        for _ in range(OLD_LIMIT):
+            try:
+                data, control, _, address = sock.recvmsg(MAX_DATAGRAM, CONTROL_BYTES)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:
+                self.counters.receive_errors += 1  # an ICMP error queued on it; reading it took it off
+                continue
+            self.counters.received += 1
+            (fresh if _came_at(control) >= since else stale).append((data, normalised(address)))
+        return fresh, stale
+
+    def _take_waiting(self) -> None:
+        for _ in range(min(BATCH, len(self._waiting))):
+            self._hand_up(*self._waiting.popleft())
+        if self._waiting:
+            # Behind the application that these woke, ahead of timers: asyncio puts those that are due at the end.
+            self._loop.call_soon(self._take_waiting)
 
     def _arrived(self, data: bytes, peer: Peer) -> None:
         self._received(data, peer)
+
+
+def _came_at(control: list[tuple[int, int, bytes]]) -> float:
+    """Unix time of arrival by the kernel; infinity if it did not note it."""
+    for level, kind, data in control:
+        if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
+            seconds, nanoseconds = struct.unpack("ll", data)
+            return float(seconds + nanoseconds / 1e9)
+    return float("inf")

@@ -36,6 +36,8 @@ CLOSE_TIME: Final = 1.2
 """Seconds the herald has to disconnect."""
 ARMED_TIME: Final = 20.0
 """Seconds an arming lasts beyond the request's limit for a phase."""
+TOLD_AT_ONCE: Final = 8
+"""Clients told of a move before the loop goes round once."""
 REMEMBERED: Final = 64
 """Moves whose late acks and accounts are still understood, and whose ids are not armed again."""
 
@@ -185,22 +187,29 @@ class Mover:
 
     def _start(self, move: Move) -> None:
         self._move = move
-        for client in self._server.clients:
-            move.tell(client)
-        log.info("migrate_sent", id=move.id, clients=len(move.told))
-        self._outbox.put(events.MigrateSent(id=move.id, at_ms=_now_ms(), clients=len(move.told)))
         run = self._by_hand(move) if move.by_hand else self._run(move)
         self._task = asyncio.create_task(run, name=f"move-{move.id}")
         self._task.add_done_callback(_look_for_defects)
 
+    async def _broadcast(self, move: Move) -> None:
+        """Tell every client, and serve them in between: to tell hundreds takes longer than the pause."""
+        for number, client in enumerate(self._server.clients, start=1):
+            move.tell(client)
+            if number % TOLD_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        log.info("migrate_sent", id=move.id, clients=len(move.told))
+        self._outbox.put(events.MigrateSent(id=move.id, at_ms=_now_ms(), clients=len(move.told)))
+
     async def _by_hand(self, move: Move) -> None:
         """The source document's way: tell the clients, gather acks, go on serving; somebody else dumps us."""
+        await self._broadcast(move)
         await move.all_acked()
         log.info("acks_gathered", id=move.id, acks=len(move.acked), clients=len(move.names))
         self._end(move)
 
     async def _run(self, move: Move) -> None:
         try:
+            await self._broadcast(move)
             await self._hear_newcomers()
             await asyncio.gather(move.all_acked(), move.all_ready(), self._quiesce(move))
             closed = self._close_those_left_behind(move)

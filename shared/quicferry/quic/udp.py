@@ -143,12 +143,14 @@ class UdpEndpoint(asyncio.DatagramTransport):
                     return count
                 continue
             self.counters.received += 1
-            data = bytes(memoryview(self._buffer)[:size])
-            try:
-                self._arrived(data, normalised(address))
-            except Exception:  # one datagram, however hostile, must not cost the others their reader
-                log.exception("datagram_failed", size=size)
+            self._hand_up(bytes(memoryview(self._buffer)[:size]), normalised(address))
         return limit
+
+    def _hand_up(self, data: bytes, peer: Peer) -> None:
+        try:
+            self._arrived(data, peer)
+        except Exception:  # one datagram, however hostile, must not cost the others their reader
+            log.exception("datagram_failed", size=len(data))
 
     def _send_or_keep(self, data: bytes, peer: Peer) -> None:
         if self._backlog or not self._send(data, peer):
