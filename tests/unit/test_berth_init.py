@@ -150,3 +150,40 @@ def test_the_program_needs_nothing_of_ours() -> None:
     )
     assert done.returncode == 0
     assert "berth" in done.stdout
+
+
+@pytest.fixture
+def heap_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    library = tmp_path / "libheap.so"
+    library.touch()
+    monkeypatch.setattr(berth_init, "HEAP_LIBRARY", str(library))
+    return str(library)
+
+
+@pytest.mark.parametrize("setting", [{}, {"QUICFERRY_HEAP": ""}, {"QUICFERRY_HEAP": "shared"}])
+def test_the_heap_is_shared_unless_told_otherwise(setting: dict[str, str], heap_library: str) -> None:
+    environment = {**setting, "LD_PRELOAD": "theirs.so", "PYTHONMALLOC": "debug"}
+    berth_init.share_heap(environment)
+    assert environment["LD_PRELOAD"] == f"{heap_library}:{berth_init.HEAP_MALLOC}:theirs.so"
+    assert environment["PYTHONMALLOC"] == "debug", "what somebody has set is left alone"
+    environment = dict(setting)
+    berth_init.share_heap(environment)
+    assert environment["PYTHONMALLOC"] == "malloc"
+
+
+@pytest.mark.usefixtures("heap_library")
+@pytest.mark.parametrize("setting", ["private", "Shared", "yes"])
+def test_the_heap_is_private_if_told_so_and_a_wrong_word_is_told(
+    setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = {"QUICFERRY_HEAP": setting}
+    berth_init.share_heap(environment)
+    assert environment == {"QUICFERRY_HEAP": setting}
+    assert ("heap_setting_unknown" in capsys.readouterr().out) == (setting != "private")
+
+
+def test_an_image_without_the_library_has_a_private_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(berth_init, "HEAP_LIBRARY", "/nowhere/libheap.so")
+    environment: dict[str, str] = {}
+    berth_init.share_heap(environment)
+    assert not environment

@@ -330,3 +330,11 @@ def test_sizes(value: int, text: str) -> None:
 @pytest.mark.parametrize(("value", "text"), [(-5, "0 s"), (61, "1 min"), (7200, "2 h"), (90_000, "1 d")])
 def test_ages(value: float, text: str) -> None:
     assert describe.age(value) == text
+
+
+@pytest.mark.parametrize(
+    ("shared", "said"), [(0, "20.5 MiB resident"), (20 << 20, "20.5 MiB resident (20.0 MiB shared)")]
+)
+def test_memory_that_is_not_copied_is_told(shared: int, said: str) -> None:
+    event = at(9, ev.SourceReady, image=IMAGE, rss_bytes=21_504_000, shared_bytes=shared)
+    assert said in describe.details(event)

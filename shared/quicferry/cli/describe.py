@@ -27,6 +27,12 @@ def image(name: str) -> str:
     return name.removeprefix("sha256:")[:SHORT_IMAGE]
 
 
+def memory(event: ev.SourceReady) -> str:
+    """The server's, and how much of it is not copied."""
+    shared = f" ({size(event.shared_bytes)} shared)" if event.shared_bytes else ""
+    return f"{size(event.rss_bytes)} resident{shared}"
+
+
 def size(count: int) -> str:
     """Bytes in the unit that leaves one to four digits before the point."""
     value = float(count)
@@ -120,7 +126,7 @@ def _server(event: ev.MigrateSent | ev.AckSeen | ev.Quiesced | ev.Adopted | ev.C
 def _agent(event: ev.AnyEvent) -> str:
     match event:
         case ev.SourceReady():
-            return f"image {image(event.image)}, {size(event.rss_bytes)} resident"
+            return f"image {image(event.image)}, {memory(event)}"
         case ev.TargetReady():
             return f"image {image(event.image)}, port bound"
         case ev.PreDumped():

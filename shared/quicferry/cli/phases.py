@@ -73,7 +73,7 @@ class Narrator:
             case ev.TimedOut() if event.phase == self.phase and event.phase != Phase.SETTLING:
                 self._notes.append(f"timeout{' ' + str(event.attempt) if event.attempt > 1 else ''}")
             case ev.SourceReady():
-                self._notes.append(f"{describe.size(event.rss_bytes)} resident, image {describe.image(event.image)}")
+                self._notes.append(f"{describe.memory(event)}, image {describe.image(event.image)}")
             case _:
                 pass
 

@@ -25,7 +25,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 DEFAULT_PID = 5000
@@ -33,7 +33,7 @@ DEFAULT_GRACE = 5.0
 """Seconds between passing SIGTERM on and SIGKILL; below podman's own 10."""
 
 HEAP_VARIABLE = "QUICFERRY_HEAP"
-"""``shared``, the default, or ``private``."""
+SHARED, PRIVATE = "shared", "private"
 HEAP_LIBRARY = "/usr/local/lib/libquicferry-heap.so"
 HEAP_MALLOC = "libmimalloc.so.3"
 
@@ -91,15 +91,22 @@ def _fork_at(pid: int) -> int:
     return child
 
 
-def _shared_heap() -> None:
-    """Preload the shared heap (containers/heap/heap.c) into the command, unless the environment says otherwise.
+def share_heap(environment: MutableMapping[str, str]) -> None:
+    """Have the command preload the shared heap (containers/heap/heap.c), if it is here and wanted.
 
-    Python's own allocator is set aside for the preloaded one: its arenas would be in the heap as well, the rest not.
+    Python's own allocator is set aside for the preloaded one: else only its arenas would be in the heap.
     """
-    if os.environ.get(HEAP_VARIABLE, "shared") == "shared" and os.path.exists(HEAP_LIBRARY):
-        before = os.environ.get("LD_PRELOAD")
-        os.environ["LD_PRELOAD"] = ":".join([HEAP_LIBRARY, HEAP_MALLOC, *([before] if before else [])])
-        os.environ.setdefault("PYTHONMALLOC", "malloc")
+    wanted = environment.get(HEAP_VARIABLE) or SHARED
+    if wanted not in (SHARED, PRIVATE):
+        log(
+            "heap_setting_unknown",
+            setting=wanted,
+            hint=f"{HEAP_VARIABLE} is {SHARED} or {PRIVATE}; it is {PRIVATE} now",
+        )
+    if wanted == SHARED and os.path.exists(HEAP_LIBRARY):
+        before = environment.get("LD_PRELOAD")
+        environment["LD_PRELOAD"] = ":".join([HEAP_LIBRARY, HEAP_MALLOC, *([before] if before else [])])
+        environment.setdefault("PYTHONMALLOC", "malloc")
 
 
 def spawn(command: Sequence[str], pid: int) -> int:
@@ -119,7 +126,7 @@ def spawn(command: Sequence[str], pid: int) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a command expects the default
             signal.signal(number, signal.SIG_DFL)
-        _shared_heap()
+        share_heap(os.environ)
         os.execvp(command[0], list(command))  # noqa: S606 - no shell is what we want
     except OSError as error:
         log("server_not_started", command=command[0], error=error.strerror)

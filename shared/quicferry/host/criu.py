@@ -43,7 +43,8 @@ class CriuSession:
     the end of CRIU's log, or ``phase_timeout``. After an error only :meth:`close` is left.
     """
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: Images, external: Sequence[str] = ()) -> None:
+        self._external = external
         self._images_fd = images.open("images")
         self._work_fd = images.open("work")
         self._output_fd = os.memfd_create("criu-output", os.MFD_CLOEXEC)
@@ -66,14 +67,16 @@ class CriuSession:
         *,
         cgroup_of: BerthFacts | None = None,
         streams: Sequence[int] = (),
+        external: Sequence[str] = (),
         timeout: float = START_TIMEOUT,
     ) -> CriuSession:
         """Start CRIU in the namespaces of ``init_pid`` and warm it up: its probes of the kernel are cached.
 
         ``cgroup_of``: join that berth's cgroup, for what CRIU restores is born in its own. ``streams``:
-        descriptors it inherits; :meth:`stream` gives the number each has. Raises FerryError ``criu_missing``.
+        descriptors it inherits; :meth:`stream` gives the number each has. ``external``: its names of what a dump
+        leaves out and a restore must be given. Raises FerryError ``criu_missing``.
         """
-        session = cls(images)
+        session = cls(images, external)
         try:
             async with asyncio.timeout(timeout):
                 await session._start(init_pid, cgroup_of, streams)
@@ -122,19 +125,15 @@ class CriuSession:
             request.opts.parent_img = f"../{number - 1}"
         await self._until("", request, timeout)
 
-    async def begin_dump(
-        self, berth_pid: int, *, rounds: int = 0, external: Sequence[str] = (), timeout: float
-    ) -> None:
+    async def begin_dump(self, berth_pid: int, *, rounds: int = 0, timeout: float) -> None:
         """Have the dump ready: CRIU has its options and waits at ``pre-dump``, before it looks at any process.
 
-        ``rounds``: how many pre-copy rounds went before. ``external``: names of files to leave out, which the
-        restore must be given.
+        ``rounds``: how many pre-copy rounds went before.
         """
         self._what = "dump"
         request = self._request(rpc.DUMP, "dump.log")
         request.opts.pid = berth_pid
         request.opts.notify_scripts = True
-        request.opts.external.extend(external)
         if rounds:
             request.opts.track_mem = True
             request.opts.parent_img = str(rounds)
@@ -271,6 +270,7 @@ class CriuSession:
             log_file=log_file,
             manage_cgroups_mode=rpc.IGNORE,
             network_lock=rpc.SKIP,
+            external=self._external,
         )
         return rpc.criu_req(type=kind, opts=options)
 

@@ -72,7 +72,8 @@ class Source:
         self._images.create(room_for_bytes=max(0, rss - shared))
         self._dock = Dock.open(berth.init_pid, berth.port)
         self._dock.expect(server.pid)
-        self._criu = await CriuSession.start(berth.init_pid, self._images)
+        external = [self._heap.key] if self._heap is not None else []
+        self._criu = await CriuSession.start(berth.init_pid, self._images, external=external)
         self._log.info(
             "source_ready",
             pid=server.pid,
@@ -107,12 +108,11 @@ class Source:
         hold at once. Raises FerryError ``hold_refused``, ``server_gone``, ``criu_failed``.
         """
         criu, server, dock = self._ready()
-        heap = self._heap.key if self._heap is not None else ""
-        external = [heap] if heap else []
-        await criu.begin_dump(server.berth_pid, rounds=self._rounds, external=external, timeout=self._phase)
+        await criu.begin_dump(server.berth_pid, rounds=self._rounds, timeout=self._phase)
         options = self._request.options
         limit = (options.ack_timeout_ms + options.quiesce_timeout_ms) / 1e3 + HOLD_MARGIN
         self._pipes = processes.outer_pipes(server.pid)
+        heap = self._heap.key if self._heap is not None else ""
         self._images.write_manifest(Manifest(pipes=self._pipes, boot_id=boot_id(), heap=heap))
         start = time.monotonic()
         self._told = True
