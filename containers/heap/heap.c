@@ -205,8 +205,10 @@ static void halt_here(int signal) {
     (void)signal;
     int saved = errno;
     uint32_t now = atomic_load(&halt);
-    atomic_fetch_add(&halted, 1);
-    while ((now & 1) && atomic_load(&halt) == now) syscall(SYS_futex, &halt, FUTEX_WAIT, now, NULL, NULL, 0);
+    if (now & 1) { // else the signal is late: that hold is over
+        atomic_fetch_add(&halted, 1);
+        while (atomic_load(&halt) == now) syscall(SYS_futex, &halt, FUTEX_WAIT, now, NULL, NULL, 0);
+    }
     errno = saved;
 }
 

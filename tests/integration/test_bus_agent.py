@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 import pytest
 import pytest_asyncio
@@ -15,7 +15,7 @@ from quicferry.bus.log import EventLog
 from quicferry.bus.settings import NatsSettings
 from quicferry.protocol import events, subjects
 from quicferry.protocol.agents import Accepted, AgentRequest
-from quicferry.protocol.api import Address, Place
+from quicferry.protocol.api import Address, Berth, Place
 from quicferry.protocol.errors import FerryError
 from quicferry.protocol.events import AnyEvent
 from tests.conftest import NatsServer
@@ -68,24 +68,33 @@ def steps() -> Steps:
     return Steps()
 
 
-@pytest_asyncio.fixture
-async def agent(nats_server: NatsServer, steps: Steps) -> AsyncIterator[Agent]:
+@contextlib.asynccontextmanager
+async def running(
+    nats_server: NatsServer, steps: Steps, berths: Callable[[], Awaitable[list[Berth]]] | None = None
+) -> AsyncIterator[Agent]:
     made = Agent(
         "restore",
         "n1",
         {verb: lambda _, verb=verb: steps.step(verb) for verb in subjects.RESTORE_VERBS},  # type: ignore[misc]
         close=steps.close,
+        berths=berths,
     )
-    running = asyncio.create_task(made.run(NatsSettings.load(nats_server.url)))
+    task = asyncio.create_task(made.run(NatsSettings.load(nats_server.url)))
     try:
         async with asyncio.timeout(WAIT):
             await made.ready()
         yield made
     finally:
-        running.cancel()
+        task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await running
+            await task
         assert steps.closed
+
+
+@pytest_asyncio.fixture
+async def agent(nats_server: NatsServer, steps: Steps) -> AsyncIterator[Agent]:
+    async with running(nats_server, steps) as made:
+        yield made
 
 
 def request(*, attempt: int = 1) -> AgentRequest:
@@ -169,6 +178,42 @@ async def test_abort_cancels_what_runs_and_other_steps_wait_for_it(
     await ask(bus, "abort")
     await seen(event_log, "restore.aborted")
     assert steps.calls == ["restore", "cancelled", "abort"]
+
+
+@pytest.mark.usefixtures("agent")
+async def test_a_step_that_comes_after_the_abort_is_refused(bus: Bus, event_log: EventLog, steps: Steps) -> None:
+    """What it would open, a parked socket and a CRIU, nobody would close."""
+    await ask(bus, "abort")
+    await seen(event_log, "restore.aborted")
+    with pytest.raises(FerryError) as caught:
+        await ask(bus, "prepare")
+    assert caught.value.code == "too_late"
+    await ask(bus, "abort")  # that one may be repeated
+    assert steps.calls == ["abort"]
+
+
+async def test_nobody_looks_at_berths_in_the_middle_of_a_move(
+    nats_server: NatsServer, bus: Bus, event_log: EventLog, steps: Steps
+) -> None:
+    """Podman would take the processor from the restore."""
+    looks: asyncio.Queue[str] = asyncio.Queue()
+
+    async def berths() -> list[Berth]:
+        looks.put_nowait("look")
+        return []
+
+    async with running(nats_server, steps, berths):
+        async with asyncio.timeout(WAIT):
+            await looks.get()
+        await ask(bus, "prepare")
+        await seen(event_log, "restore.prepared")
+        steps.go_on.set()
+        await ask(bus, "restore")
+        await seen(event_log, "restore.prepared", "restore.restored")
+        assert looks.empty()
+        await ask(bus, "resume")
+        async with asyncio.timeout(WAIT):
+            await looks.get()
 
 
 async def test_events_of_a_step_that_ended_without_nats_are_published_when_it_is_back(

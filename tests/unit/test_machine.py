@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quicferry.migration.commands import ArmServer, CallAgent, Command, Decide, Place, StartTimer, StopTimer, Unlock
-from quicferry.migration.machine import ABORT_ATTEMPTS, Phase, State, handle, outstanding, wanted
+from quicferry.migration.machine import ABORT_ATTEMPTS, RESUME_ATTEMPTS, Phase, State, handle, outstanding, wanted
 from quicferry.protocol import events as ev
 from quicferry.protocol.api import Address, Options
 from quicferry.protocol.api import Place as Berth
@@ -143,8 +143,15 @@ def test_an_abort_that_hangs_is_tried_again_and_ends() -> None:
 
 
 def test_a_resume_that_hangs_is_tried_again() -> None:
-    _, commands = run(*COMMITTED, ev.TimedOut(**BASE, phase="resuming"))
+    """The source is kept until it has worked, or until nothing is left to try."""
+    state, _ = run(*COMMITTED)
+    for attempt in range(1, RESUME_ATTEMPTS - 1):
+        state, commands = handle(state, ev.TimedOut(**BASE, phase="resuming", attempt=attempt))
+        assert names(commands) == ["restore.resume", "StartTimer"]
+    state, commands = handle(state, ev.TimedOut(**BASE, phase="resuming", attempt=RESUME_ATTEMPTS - 1))
     assert names(commands) == ["restore.resume", "checkpoint.release", "StartTimer"]
+    state, commands = handle(state, ev.TimedOut(**BASE, phase="resuming", attempt=RESUME_ATTEMPTS))
+    assert names(commands) == ["failed", "StopTimer"]
 
 
 def test_pre_copy_rounds_end_when_told_when_small_and_when_growing() -> None:

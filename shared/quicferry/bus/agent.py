@@ -116,7 +116,12 @@ class Agent:
             await self._close()
 
     def accept(self, verb: str, request: AgentRequest) -> Accepted:
-        """Start the step, or recognise the repeat."""
+        """Start the step, or recognise the repeat. Raises FerryError ``too_late`` for any step after the abort.
+
+        A request can be late, and what it opened then nobody would close.
+        """
+        if verb != "abort" and (request.id, "abort", 0) in self._runs:
+            raise FerryError("too_late", f"The {self._role} agent has aborted {request.id}.")
         key = (request.id, verb, request.round)
         known = self._runs.get(key)
         if known is None or (known.failed and request.attempt > known.attempt and not known.running):

@@ -176,8 +176,9 @@ def _wanted_resuming(state: State, limit: float) -> list[Command]:
     calls: list[Command] = []
     if not state.resumed:
         calls.append(CallAgent(agent="restore", verb="resume", attempt=state.attempt))
-    # Killing the frozen source takes a processor for milliseconds that the target needs for its first answers.
-    if not state.released and (state.resumed or state.attempt > 1):
+    # The source goes last: until the target serves, a restore that has to be done again finds the memory with it.
+    # On the last attempt it goes as well, so that a migration that can't be finished leaves no frozen process.
+    if not state.released and (state.resumed or state.attempt >= RESUME_ATTEMPTS):
         calls.append(CallAgent(agent="checkpoint", verb="release", attempt=state.attempt))
     return [*calls, Place(), _timer_for(state, limit)]
 
