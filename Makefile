@@ -3,7 +3,7 @@
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 BIN := .venv/bin
 
-.PHONY: setup demo bench test lint clean
+.PHONY: setup demo bench test fuzz lint clean
 
 setup: ## install what is missing, make .venv, build the image if its inputs changed
 	@containers/setup
@@ -16,6 +16,11 @@ bench: setup ## the pause in figures, beside the alternatives; BENCH takes flags
 
 test: lint ## everything, the real moves included
 	@$(SUDO) $(BIN)/python -m pytest
+
+fuzz: setup ## every decoder of what comes from outside under a coverage-guided fuzzer, SECONDS=n each
+	@$(BIN)/python -m pip install --quiet 'atheris>=3.0'
+	@for target in control-stream nats-message image-manifest; do \
+		$(BIN)/python -m tests.fuzz $$target $(or $(SECONDS),60) || exit; done
 
 lint: setup
 	@$(BIN)/ruff check .

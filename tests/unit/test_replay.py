@@ -6,7 +6,7 @@ import pytest
 
 from quicferry.migration.replay import replay
 from quicferry.protocol import events as ev
-from tests.unit.test_machine import ARRIVED, BASE, DUMPED, ERROR, FAILURES, request
+from tests.unit.test_machine import ARRIVED, BASE, DUMPED, ERROR, FAILURES, READY, request
 
 END = ev.Completed(**BASE, arrived=1)
 
@@ -38,6 +38,12 @@ def test_a_true_log_of_a_rollback_replays() -> None:
 )
 def test_a_forged_decision_is_found(events: tuple[ev.AnyEvent, ...], says: str) -> None:
     assert says in " ".join(differences(*events))
+
+
+def test_a_decision_that_a_timeout_has_overtaken_is_none_of_those() -> None:
+    late = (ev.TimedOut(**BASE, phase="preparing", attempt=1), ev.Prepared(**BASE))
+    assert differences(*READY, *late) == []
+    assert differences(READY[0], *late) != [], "it was never asked for"
 
 
 def test_a_reason_that_differs_is_found() -> None:

@@ -15,6 +15,7 @@ from typing import Final, Literal
 import msgspec
 import structlog
 
+from quicferry.protocol import wire
 from quicferry.protocol.errors import FerryError
 from quicferry.protocol.wire import Name
 
@@ -115,13 +116,14 @@ class Images:
     def manifest(self) -> Manifest:
         """Raises FerryError ``internal`` if the dump left none."""
         try:
-            return msgspec.json.decode((self.path / "manifest.json").read_bytes(), type=Manifest)
-        except (OSError, msgspec.MsgspecError) as error:
+            manifest: Manifest = wire.decode((self.path / "manifest.json").read_bytes(), Manifest)
+        except (OSError, FerryError) as error:
             raise FerryError(
                 "internal",
                 f"The images of {self.migration} have no readable manifest: {error}.",
                 hint=f"Both agents must share {self.root}.",
             ) from None
+        return manifest
 
     def drop_time_namespace(self) -> None:
         """Delete the time namespace's image, so that the restored clock is the berth's own.

@@ -30,6 +30,8 @@ log = structlog.get_logger(__name__)
 OUTPUTS: Final = (1, 2)
 """The berth's own standard streams that a restored server's pipes are connected to."""
 RESTORE_BEGUN: Final = "restore-begun"
+REAP_SECONDS: Final = 1.0
+"""For the berth's init to reap a server that has just died there."""
 CLEAR_TIMEOUT: Final = 5.0
 """Seconds to clear a berth after an aborted restore."""
 
@@ -65,7 +67,7 @@ class Target:
         if server is not None:
             server.close()
             raise FerryError("berth_busy", f"Berth {berth.name} holds a server.", hint="Choose an empty one.")
-        if processes.berth_pid_taken(berth.init_pid, processes.SERVER_PID):
+        if not await _pid_freed(berth):
             raise FerryError(
                 "berth_busy",
                 f"PID {processes.SERVER_PID} is taken inside berth {berth.name}.",
@@ -341,3 +343,13 @@ class Target:
             f"Berth {self._request.target.berth} still holds what was restored.",
             hint="Restart the berth.",
         )
+
+
+async def _pid_freed(berth: BerthFacts) -> bool:
+    """Whether the server's PID is free in the berth: a zombie has it until the berth's init has reaped it."""
+    end = time.monotonic() + REAP_SECONDS
+    while processes.berth_pid_taken(berth.init_pid, processes.SERVER_PID):
+        if time.monotonic() > end:
+            return False
+        await asyncio.sleep(0.002)  # nothing announces it
+    return True

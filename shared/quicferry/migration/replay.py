@@ -25,19 +25,24 @@ def replay(events: Iterable[ev.AnyEvent]) -> list[Step]:
     """Every step of one migration. Raises ValueError when the log does not begin with its request."""
     steps: list[Step] = []
     state: State | None = None
+    meant: set[str] = set()
+    """Decisions asked for so far."""
     for event in events:
-        differs = _differs(state, event) if state is not None else ""
+        differs = _differs(state, event, meant) if state is not None else ""
         state, commands = handle(state, event)
+        meant |= {command.decision for command in commands if isinstance(command, Decide)}
         steps.append(Step(event=event, state=state, commands=commands, differs=differs))
     return steps
 
 
-def _differs(state: State, event: ev.AnyEvent) -> str:
+def _differs(state: State, event: ev.AnyEvent, meant: set[str]) -> str:
     source, _, name = ev.kind(event).partition(".")
     if source != "decision":
         return ""
     if isinstance(event, ev.Requested):
         return "A migration is requested once."
+    if isinstance(event, ev.Prepared) and not state.prepared and "prepared" in meant:
+        return ""  # a timeout or a cancellation may come into the log while it is on its way; both only lead back
     decides = [command for command in wanted(state) if isinstance(command, Decide)]
     for command in decides:
         if command.decision != name:
