@@ -22,7 +22,7 @@ from quicferry.cli.output import Cell, Output
 from quicferry.migration.report import Report, report
 from quicferry.protocol import events as ev
 from quicferry.protocol import subjects
-from quicferry.protocol.api import MigrateReply, MigrateRequest
+from quicferry.protocol.api import Address, MigrateReply, MigrateRequest
 from quicferry.protocol.errors import FerryError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ BETWEEN: Final = 1.0
 """Seconds of pinging before, between and after the moves: the window grows, and a loss would show."""
 MOVE_SECONDS: Final = 60.0
 CLIENT_SECONDS: Final = 20.0
+ATTEMPT_SECONDS: Final = 2.0
 """How long the client may take to connect, to notice a move's end, or to sum up."""
 
 
@@ -110,12 +111,14 @@ async def _demo(args: argparse.Namespace, out: Output, traces: Path) -> Result:
     async with session.connected(args) as bus:
         service = await session.the_service(bus, args.service)
         directory = project.directory(args)
+        cafile = client.find_cafile(lifecycle.stack(args, out))
+        await _answered(service.place.address, cafile)
         options = ["--qlog", str(traces), "--interval-ms", str(INTERVAL_MS), "--stay-connected", "--name", "demo"]
         command, environment = client.command_line(
             argparse.Namespace(json=True, passed=options),
             directory,
             describe.address(service.place.address),
-            client.find_cafile(lifecycle.stack(args, out)),
+            cafile,
             os.environ,
         )
         reports: list[Report] = []
@@ -132,6 +135,26 @@ async def _demo(args: argparse.Namespace, out: Output, traces: Path) -> Result:
             await asyncio.sleep(BETWEEN)
             summary = await car.stop()
     return _result(reports, summary, car.said, traces, began_ms)
+
+
+async def _answered(address: Address, cafile: str) -> None:
+    """Until the server answers a client. Raises FerryError ``connect_failed``.
+
+    Each attempt has a port of its own: a datagram that was sent before the container's port was mapped leaves an
+    entry in the kernel's connection tracking, and everything from that port follows it for minutes.
+    """
+    import quicferry  # the QUIC stack, which the other commands do without
+
+    end = time.monotonic() + CLIENT_SECONDS
+    while True:
+        try:
+            async with quicferry.connect(
+                address.host, address.port, cafile=cafile, server_name="localhost", timeout=ATTEMPT_SECONDS
+            ):
+                return
+        except FerryError as error:
+            if error.code != "connect_failed" or time.monotonic() > end:
+                raise
 
 
 async def _move(bus: Bus, service: str) -> Report:
