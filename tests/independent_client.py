@@ -88,7 +88,7 @@ class Client(QuicConnectionProtocol):
     async def keep_something_on_the_way(self, migration: str) -> None:
         while self._pending == migration and self.reason is None:
             self.probe()
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # its pace; it waits for nothing
 
     def on_target(self, silence: float) -> None:
         """The target has said something fresh."""

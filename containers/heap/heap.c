@@ -19,6 +19,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <linux/magic.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -28,8 +29,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/statvfs.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -58,16 +59,16 @@ static bool in_heap(const void *addr) { return (const char *)addr >= heap.start 
 
 static size_t whole_pages(size_t length) { return (length + PAGE - 1) & ~(PAGE - 1); }
 
-// Without a tmpfs to be in, or once only, everything goes on with private memory.
+// If it can't be made, everything goes on with private memory. Only on a tmpfs: keys are in it, and a disk would keep them.
 static void make(void) {
     tried = true;
-    struct statvfs place;
+    struct statfs place;
     int fd = open(FILE_NAME, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0) return;
     unlink(FILE_NAME);
-    if (fstatvfs(fd, &place) == 0) {
+    if (fstatfs(fd, &place) == 0 && place.f_type == TMPFS_MAGIC) {
         // No more than the file system holds: beyond it a write would be SIGBUS, but an allocation just fails.
-        size_t size = place.f_bavail * place.f_frsize & ~(PAGE - 1);
+        size_t size = place.f_bavail * (size_t)place.f_bsize & ~(PAGE - 1);
         if (size > MOST || size == 0) size = MOST;
         if (ftruncate(fd, (off_t)size) == 0) {
             char *at = kernel_mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);

@@ -244,10 +244,11 @@ class Driver:
 
     async def _decide(self, state: State, command: Decide) -> None:
         decision = _decision(state.request.id, command)
-        after = self._book.last_decision(decision.id)
 
         async def decide() -> None:
-            await self._log.decide(decision, after=after)
+            # Both of one moment: what is still wanted follows from the decisions up to that one.
+            if self._wanted(decision.id, command):
+                await self._log.decide(decision, after=self._book.last_decision(decision.id))
 
         await self._write(ev.kind(decision), decision.id, decide, command)
 
@@ -280,9 +281,10 @@ class Driver:
                 return
             except FerryError as error:
                 if error.code == "log_conflict" and command is not None:
+                    # Another decision was first. Once it is read here, this one may be wanted still, or not.
                     log.debug("decided_elsewhere", id=migration, what=what)
-                    return
-                log.warning("write_failed", id=migration, what=what, code=error.code, error=error.message)
+                else:
+                    log.warning("write_failed", id=migration, what=what, code=error.code, error=error.message)
             await asyncio.sleep(wait)
             wait = min(wait * 2, LONGEST_WAIT)
             if command is not None and not self._wanted(migration, command):

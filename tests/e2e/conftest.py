@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from quicferry.host import image, podman_service
 from quicferry.host.compose import Stack
+from quicferry.host.podman import Podman
+from tests.e2e.berths import Harbour, client_of, harbour
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -82,3 +85,16 @@ def stack(podman_api: str, stack_variables: dict[str, str], request: pytest.Fixt
             for item in ours.containers():
                 print(f"--- {item.service} ({item.state})\n{ours.logs(item.service, lines=60)}")
         ours.down(volumes=True)
+
+
+@pytest_asyncio.fixture
+async def port(tmp_path: Path) -> AsyncIterator[Harbour]:
+    async with harbour(tmp_path) as made:
+        yield made
+
+
+@pytest_asyncio.fixture
+async def podman(port: Harbour) -> AsyncIterator[Podman]:
+    client = client_of(port)
+    yield client
+    client.close()

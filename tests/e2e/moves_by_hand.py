@@ -46,18 +46,24 @@ asyncio.run(main())
 """
 
 
+def a_move(here: TestBerth, there: TestBerth, number: int = 1, **more: int) -> AgentRequest:
+    """What the coordinator would ask of the agents for the service's move ``number``."""
+    return AgentRequest(
+        id=f"move-{number}",
+        service="echo",
+        epoch=number,
+        source=here.place,
+        target=there.place,
+        options=quick_options(),
+        **more,
+    )
+
+
 class Ends:
     """Both ends of one migration, closed in the end whatever happens."""
 
     def __init__(self, port: Harbour, podman: Podman, here: TestBerth, there: TestBerth, *, epoch: int = 1) -> None:
-        self.request = AgentRequest(
-            id=f"move-{epoch}",
-            service="echo",
-            epoch=epoch,
-            source=here.place,
-            target=there.place,
-            options=quick_options(),
-        )
+        self.request = a_move(here, there, epoch)
         self.source = Source(podman, port.images, self.request)
         self.target = Target(podman, port.images, self.request)
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from quicferry.host import processes, source
 from quicferry.host.parking import bind_parked
@@ -19,26 +17,11 @@ from tests.e2e.berths import (
     PORT,
     EchoClient,
     Harbour,
-    client_of,
-    harbour,
     sockets_of,
 )
 from tests.e2e.moves_by_hand import Ends, die, occupant_pid
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest_asyncio.fixture
-async def port(tmp_path: Path) -> AsyncIterator[Harbour]:
-    async with harbour(tmp_path) as made:
-        yield made
-
-
-@pytest_asyncio.fixture
-async def podman(port: Harbour) -> AsyncIterator[Podman]:
-    client = client_of(port)
-    yield client
-    client.close()
 
 
 def images_left(port: Harbour) -> list[str]:

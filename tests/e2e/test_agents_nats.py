@@ -22,7 +22,8 @@ from quicferry.host import processes
 from quicferry.protocol import events, subjects
 from quicferry.protocol.agents import Accepted, AgentRequest
 from tests.conftest import NatsServer
-from tests.e2e.berths import ECHO, PROJECT, EchoClient, Harbour, TestBerth, harbour, quick_options
+from tests.e2e.berths import ECHO, PROJECT, EchoClient, Harbour, TestBerth, harbour
+from tests.e2e.moves_by_hand import a_move
 
 pytestmark = pytest.mark.e2e
 
@@ -126,18 +127,6 @@ async def node(tmp_path: Path, nats_server: NatsServer) -> AsyncIterator[Node]:
             await made.close()
             for log in sorted(tmp_path.glob("*.log")):  # noqa: ASYNC240 - shown when the test fails
                 print(f"--- {log.name}\n{log.read_text()}")
-
-
-def a_move(here: TestBerth, there: TestBerth, number: int = 1, **more: int) -> AgentRequest:
-    return AgentRequest(
-        id=f"move-{number}",
-        service="echo",
-        epoch=number,
-        source=here.place,
-        target=there.place,
-        options=quick_options(),
-        **more,
-    )
 
 
 async def test_a_move_there_and_back_with_every_request_repeated(node: Node) -> None:

@@ -5,36 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from quicferry.host import processes
 from quicferry.host.heap import Heap
 from quicferry.host.podman import Podman
 from quicferry.protocol.errors import FerryError
-from tests.e2e.berths import ECHO, IMAGE, PORT, PROJECT, EchoClient, Harbour, TestBerth, client_of, harbour, podman
+from tests.e2e.berths import ECHO, IMAGE, PORT, PROJECT, EchoClient, Harbour, TestBerth
+from tests.e2e.berths import podman as run_podman
 from tests.e2e.moves_by_hand import Ends, die, occupant_pid
 
 pytestmark = pytest.mark.e2e
 
 SERVER = ("python", "/test/heap_server.py")
 LOOKS = 20
-
-
-@pytest_asyncio.fixture
-async def port(tmp_path: Path) -> AsyncIterator[Harbour]:
-    async with harbour(tmp_path) as made:
-        yield made
-
-
-@pytest_asyncio.fixture
-async def agent(port: Harbour) -> AsyncIterator[Podman]:
-    client = client_of(port)
-    yield client
-    client.close()
 
 
 def digest(heap: Heap) -> str:
@@ -62,7 +47,7 @@ async def written(client: EchoClient, berth: TestBerth) -> int:
 
 def test_the_seam_under_the_allocators() -> None:
     script = f"{PROJECT}/tests/e2e/heap_seam.py:/test/heap_seam.py:ro"
-    said = podman(
+    said = run_podman(
         *("run", "--rm", "--tmpfs", "/run", "-v", script, "--entrypoint", "", IMAGE),
         *("berth-init", "--pid", "0", "--", "python3", "/test/heap_seam.py"),
     )
@@ -70,14 +55,25 @@ def test_the_seam_under_the_allocators() -> None:
     assert "\nok\n" in said
 
 
-async def test_memory_that_is_shared_is_not_copied(port: Harbour, agent: Podman) -> None:
+@pytest.mark.parametrize(("options", "heaps"), [(("--tmpfs", "/run"), 1), ((), 0)])
+def test_a_heap_is_never_on_a_disk(options: tuple[str, ...], heaps: int) -> None:
+    """Keys are in it. Without --tmpfs the berth's /run is a part of the container's file system."""
+    said = run_podman(
+        *("run", "--rm", *options, "--entrypoint", "", IMAGE, "berth-init", "--pid", "0", "--"),
+        *("grep", "-c", "quicferry-heap (deleted)", "/proc/self/maps"),
+        check=False,  # grep's status, and so the berth's, says whether there was one
+    )
+    assert f"\n{heaps}\n" in said
+
+
+async def test_memory_that_is_shared_is_not_copied(port: Harbour, podman: Podman) -> None:
     pages = {}
     for kind in ("shared", "private"):
         env = {"QUICFERRY_HEAP": kind, "ECHO_BALLAST_MIB": "64"}
         here, there = await port.berth(f"a-{kind}", ECHO, env=env), await port.berth(f"b-{kind}", env=env)
         with EchoClient() as client:
             assert await client.ask(here, "first") == 1
-            async with Ends(port, agent, here, there) as ends:
+            async with Ends(port, podman, here, there) as ends:
                 await ends.source.hold()
                 pages[kind] = (await ends.source.dump()).pages
                 await ends.target.restore()
@@ -89,31 +85,31 @@ async def test_memory_that_is_shared_is_not_copied(port: Harbour, agent: Podman)
     assert pages["shared"] < ballast / 10
 
 
-async def test_the_heap_outlives_the_berth_it_was_made_in(port: Harbour, agent: Podman) -> None:
+async def test_the_heap_outlives_the_berth_it_was_made_in(port: Harbour, podman: Podman) -> None:
     here, there = await port.berth("a", ECHO), await port.berth("b")
     with EchoClient() as client:
         await client.ask(here, "first")
         for epoch in (1, 2):
-            async with Ends(port, agent, here, there, epoch=epoch) as ends:
+            async with Ends(port, podman, here, there, epoch=epoch) as ends:
                 await ends.source.hold()
                 await ends.source.dump()
                 await ends.target.restore()
                 await ends.resume()
                 await ends.source.release()
-            podman("rm", "-f", "-t", "0", here.container)
+            run_podman("rm", "-f", "-t", "0", here.container)
             assert await client.ask(there, "elsewhere") == epoch + 1
             here, there = there, await port.berth(f"c{epoch}")
 
 
-async def test_nobody_writes_to_the_heap_while_two_copies_have_it(port: Harbour, agent: Podman) -> None:
+async def test_nobody_writes_to_the_heap_while_two_copies_have_it(port: Harbour, podman: Podman) -> None:
     """Killed agents let both copies go, threads and all. What one wrote, the other would find in its memory."""
     here, there = await port.berth("a", SERVER), await port.berth("b")
-    ends = Ends(port, agent, here, there)
+    ends = Ends(port, podman, here, there)
     with EchoClient() as client, contextlib.closing(heap_of(here)) as heap:
         await written(client, here)
         busy = {digest(heap) for _ in range(LOOKS)}
         assert len(busy) > 1, "the busy thread is not busy: this test would see nothing"
-        await die(port, agent, ends.request, "restored")
+        await die(port, podman, ends.request, "restored")
         for berth in (here, there):
             assert processes.is_held(occupant_pid(berth))
         assert heap_of(there).key == heap.key
@@ -132,11 +128,11 @@ async def test_nobody_writes_to_the_heap_while_two_copies_have_it(port: Harbour,
     assert processes.occupant(there.init_pid) is None
 
 
-async def test_threads_go_on_at_the_target(port: Harbour, agent: Podman) -> None:
+async def test_threads_go_on_at_the_target(port: Harbour, podman: Podman) -> None:
     here, there = await port.berth("a", SERVER), await port.berth("b")
     with EchoClient() as client:
         before = await written(client, here)
-        async with Ends(port, agent, here, there) as ends:
+        async with Ends(port, podman, here, there) as ends:
             await ends.source.hold()
             await ends.source.dump()
             await ends.target.restore()
@@ -149,9 +145,9 @@ async def test_threads_go_on_at_the_target(port: Harbour, agent: Podman) -> None
             pass
 
 
-async def test_a_thread_that_cannot_be_halted_refuses_the_hold(port: Harbour, agent: Podman) -> None:
+async def test_a_thread_that_cannot_be_halted_refuses_the_hold(port: Harbour, podman: Podman) -> None:
     here, there = await port.berth("a", SERVER, env={"HEAP_DEAF": "1"}), await port.berth("b")
-    async with Ends(port, agent, here, there) as ends:
+    async with Ends(port, podman, here, there) as ends:
         with pytest.raises(FerryError) as caught:
             await ends.source.hold()
         assert caught.value.code == "hold_refused"
@@ -164,11 +160,11 @@ async def test_a_thread_that_cannot_be_halted_refuses_the_hold(port: Harbour, ag
             pass
 
 
-async def test_a_heap_that_nobody_holds_is_told(port: Harbour, agent: Podman) -> None:
+async def test_a_heap_that_nobody_holds_is_told(port: Harbour, podman: Podman) -> None:
     """Both copies and both agents gone at once: nothing can bring the memory back, and that is what is said."""
     here, there = await port.berth("a", ECHO), await port.berth("b")
-    ends = Ends(port, agent, here, there)
-    await die(port, agent, ends.request, "restored")
+    ends = Ends(port, podman, here, there)
+    await die(port, podman, ends.request, "restored")
     for berth in (here, there):
         with processes.Process(occupant_pid(berth)) as copy:
             assert await copy.kill()

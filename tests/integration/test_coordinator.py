@@ -96,6 +96,25 @@ async def test_a_move_and_its_log(
     assert (placement.place.berth, placement.epoch) == ("b", 1)
 
 
+async def test_a_decision_that_another_overtook_is_taken_while_it_is_wanted(
+    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log refuses a decision made before one that it has; dropped, the migration would never end."""
+    decide, refused_once = EventLog.decide, set[str]()
+
+    async def decided(log: EventLog, event: ev.Decision, *, after: int) -> int:
+        if isinstance(event, ev.Prepared | ev.Completed) and ev.kind(event) not in refused_once:
+            refused_once.add(ev.kind(event))
+            raise FerryError("log_conflict", "The log has another decision.")
+        return await decide(log, event, after=after)
+
+    monkeypatch.setattr(EventLog, "decide", decided)
+    async with coordinating(nats_server):
+        reply = await migrate(bus)
+        assert decisions(await ended(event_log, reply.id)) == HAPPY
+    assert refused_once == {"decision.prepared", "decision.completed"}
+
+
 async def test_there_and_back_many_times(bus: Bus, event_log: EventLog, node: Node, coordinator: None) -> None:
     """At once after each end, when the berths' reports may still be those from before it."""
     for epoch in range(1, 11):

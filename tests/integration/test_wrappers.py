@@ -529,7 +529,7 @@ async def test_a_swap_under_concurrent_traffic_is_not_seen_by_quic(tls: Tls) -> 
             while not all(task.done() for task in echoing):
                 server.udp.rebind()
                 swaps += 1
-                await asyncio.sleep(0.002)
+                await asyncio.sleep(0.002)  # the pace of the swaps, so that there is traffic between them
             assert all([await task == data for task in echoing])
         assert swaps > 3
         assert server.udp.generation == swaps + 1

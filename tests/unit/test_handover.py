@@ -16,7 +16,7 @@ from quicferry.protocol import handover, wire
 from quicferry.protocol.api import Address
 from quicferry.protocol.errors import FerryError
 from quicferry.quic import hold
-from quicferry.quic.migratable import SO_TIMESTAMPNS, MigratableUDP
+from quicferry.quic.migratable import MigratableUDP
 
 ADOPTED = handover.Adopted(
     id="m", outcome="moved", node="n", berth="b", address=Address(host="192.0.2.1", port=4242), epoch=1
@@ -138,16 +138,22 @@ async def test_a_refused_hold_leaves_everything_as_it_was() -> None:
     endpoint.close()
 
 
+class Received(list[bytes]):
+    """What an endpoint hands up; ``all`` is set once there are so many."""
+
+    def __init__(self, expected: int) -> None:
+        self.expected = expected
+        self.all = asyncio.Event()
+
+    def __call__(self, data: bytes, peer: object) -> None:
+        self.append(data)
+        if len(self) == self.expected:
+            self.all.set()
+
+
 async def test_everything_queued_is_read_from_adoption_on() -> None:
-    got: list[bytes] = []
-    done = asyncio.Event()
-
-    def received(data: bytes, peer: object) -> None:
-        got.append(data)
-        if len(got) == 200:
-            done.set()
-
-    endpoint = MigratableUDP.bind("127.0.0.1", 0, received)
+    got = Received(200)
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, got)
     released = endpoint.release()
     with pytest.raises(OSError, match="given away"):
         endpoint.release()
@@ -161,7 +167,7 @@ async def test_everything_queued_is_read_from_adoption_on() -> None:
         assert len(got) >= 1, "the first are read at once"
         assert len(got) < 200, "and the application runs before all are"
         async with asyncio.timeout(5):
-            await done.wait()
+            await got.all.wait()
         assert got == [b"%d" % number for number in range(200)]
         assert endpoint.counters.sent == 1
     released.close()
@@ -169,19 +175,12 @@ async def test_everything_queued_is_read_from_adoption_on() -> None:
 
 
 async def test_what_came_before_the_pause_is_read_last() -> None:
-    got: list[bytes] = []
-    done = asyncio.Event()
-
-    def received(data: bytes, peer: object) -> None:
-        got.append(data)
-        if len(got) == 200:
-            done.set()
-
-    endpoint = MigratableUDP.bind("127.0.0.1", 0, received)
+    got = Received(200)
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, got)
     endpoint.release().close()
     with udp() as sender:
         parked = udp()
-        parked.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        parked.setsockopt(socket.SOL_SOCKET, handover.SO_TIMESTAMPNS, 1)
         for number in range(199):
             sender.sendto(b"%d" % number, parked.getsockname())
         since = time.time()
@@ -189,7 +188,7 @@ async def test_what_came_before_the_pause_is_read_last() -> None:
         assert endpoint.adopt(parked, since) == 200
         assert got[0] == b"in the pause"
         async with asyncio.timeout(5):
-            await done.wait()
+            await got.all.wait()
         assert got[1:] == [b"%d" % number for number in range(199)]
     endpoint.close()
 

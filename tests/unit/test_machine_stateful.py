@@ -32,7 +32,8 @@ class Migration(RuleBasedStateMachine):
         self.state: State | None = state  # None: the coordinator is dead
         self.timer: StartTimer | None = None
         self.calls: list[CallAgent | ArmServer] = []
-        self.decisions: list[Decide] = []
+        self.decisions: list[tuple[int, Decide]] = []
+        """On their way to the log, with the number of decisions in it when they were sent."""
         self.unlocked = False
         # The server's two copies, and who holds a socket that can send.
         self.source = "serving"  # held, frozen, gone
@@ -57,8 +58,7 @@ class Migration(RuleBasedStateMachine):
                     if command not in self.calls:
                         self.calls.append(command)
                 case Decide():
-                    if command not in self.decisions:
-                        self.decisions.append(command)
+                    self.decisions.append((self._decided_so_far(), command))
                 case StartTimer():
                     self.timer = command
                 case Unlock():
@@ -74,6 +74,9 @@ class Migration(RuleBasedStateMachine):
         if self.state is not None:
             self.state, commands = handle(self.state, event)
             self._take(commands)
+
+    def _decided_so_far(self) -> int:
+        return sum(isinstance(event, ev.Decision) for event in self.log)
 
     def _decided(self, decision: str) -> bool:
         return any(ev.kind(event) == f"decision.{decision}" for event in self.log)
@@ -96,7 +99,13 @@ class Migration(RuleBasedStateMachine):
     @precondition(lambda self: self.state is not None and self.decisions)
     @rule()
     def decide(self) -> None:
-        decision = self.decisions.pop(0)
+        after, decision = self.decisions.pop(0)
+        if after != self._decided_so_far():
+            # The log refuses it (Nats-Expected-Last-Subject-Sequence); the coordinator may want it still.
+            assert self.state is not None
+            if decision in outstanding(self.state):
+                self.decisions.append((self._decided_so_far(), decision))
+            return
         match decision.decision:
             case "prepared":
                 self._say(ev.Prepared(**BASE))
@@ -209,7 +218,7 @@ class Migration(RuleBasedStateMachine):
                 # It thaws, and gives the server its own socket back, or a new one.
                 if self.source in ("held", "frozen"):
                     self.source, self.sender = "serving", "source"
-                self.armed = False
+                self.armed = self.images = False
                 self._say(ev.SourceBack(**BASE))
             case "restore.abort":
                 if self.target != "serving":

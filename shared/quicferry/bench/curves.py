@@ -14,9 +14,9 @@ import msgspec
 from quicferry.bench.crowd import Account
 from quicferry.bench.ferry import Ferry
 from quicferry.bench.figures import Move, Point, over_floor, summary
-from quicferry.bench.stand import SERVER, Stand
+from quicferry.bench.own_service import OwnService
+from quicferry.bench.stand import Stand
 from quicferry.bus.connection import Bus
-from quicferry.bus.registry import Registry
 from quicferry.protocol.errors import FerryError
 
 Say = Callable[[str], None]
@@ -105,19 +105,14 @@ async def connections(ferry: Ferry, numbers: Sequence[int], moves: int, say: Say
 async def memory(bus: Bus, cafile: str, stand: Stand, sizes: Sequence[int], moves: int, say: Say) -> list[Point]:
     """A service of its own for each size, in two berths of the running system."""
     points = []
-    registry = await Registry.open(bus)
     for size in sizes:
-        service = f"bench-{size}mb"
         environment = {"QUICFERRY_BALLAST_MB": str(max(0, size - OWN_MB))}
-        source = await stand.berth(f"{size}mb-a", SERVER, service=service, environment=environment)
-        target = await stand.berth(f"{size}mb-b", service=service, environment=environment)
+        ferry = OwnService(bus, cafile, stand, f"{size}mb", environment)
         try:
-            ferry = Ferry(bus, cafile, service)
+            await ferry.open()
             taken = [(await ferry.move()).move for _ in range(moves)]
         finally:
-            await asyncio.shield(stand.remove(source, target))
-            with contextlib.suppress(FerryError):  # a NATS that is gone has forgotten it anyway
-                await registry.forget(service)
+            await asyncio.shield(ferry.close())
         point = _point(size, taken, [])
         points.append(point)
         say(_told("MB", point))

@@ -12,9 +12,9 @@ import msgspec
 
 from quicferry.bench import curves, facts, figures
 from quicferry.bench.alone import Alone
-from quicferry.bench.copied import Copied
 from quicferry.bench.ferry import Ferry
 from quicferry.bench.figures import Move, Point, Result, Throughput, Trace
+from quicferry.bench.own_service import Copied
 from quicferry.bench.podman import Podman
 from quicferry.bench.reconnect import Reconnect
 from quicferry.bench.source_order import SourceOrder

@@ -165,10 +165,11 @@ class Agent:
         else:
             bound.debug("step_done", took_ms=round((time.monotonic() - start) * 1e3, 1))
         finally:
-            self._in_hand[request.id] = time.monotonic()
             if verb in LAST_VERBS:
-                del self._in_hand[request.id]
+                self._in_hand.pop(request.id, None)
                 self._look.set()
+            else:
+                self._in_hand[request.id] = time.monotonic()
 
     def _failure(self, verb: str, request: AgentRequest, error: FerryError) -> AnyEvent:
         failed = CheckpointFailed if self._role == "checkpoint" else RestoreFailed

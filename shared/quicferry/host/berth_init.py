@@ -7,7 +7,7 @@ nothing of ours is loaded beside the server. Usage::
     berth-init [--pid 5000] [--grace 5] [-- COMMAND [ARGUMENT ...]]
 
 The command gets PID ``--pid`` by clone3(2) with set_tid, which needs CAP_CHECKPOINT_RESTORE: a server that
-starts high leaves its PID and thread ids free in every other berth, whoever else ran there.
+starts high leaves its PID free in every other berth, whoever else ran there (its threads: host/thread_ids.py).
 
 A server killed by SIGKILL was moved away (CRIU ends a released source so) and the berth stays, empty. One
 that ends in any other way ends the berth with its status, so that the container's restart policy applies.

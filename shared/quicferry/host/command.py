@@ -35,6 +35,7 @@ def attempt(
     timeout: float,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    stdin: str = "",
 ) -> Result:
     """Run a program to its end; ``timeout`` in seconds, then it is killed and the code is 124.
 
@@ -44,7 +45,7 @@ def attempt(
     try:
         done = subprocess.run(
             command,
-            stdin=subprocess.DEVNULL,
+            input=stdin,
             capture_output=True,
             text=True,
             errors="replace",

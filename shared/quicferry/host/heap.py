@@ -21,6 +21,10 @@ class Heap:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        info = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii")
+        mount = int(next(line.split()[1] for line in info.splitlines() if line.startswith("mnt_id:")))
+        self.key = f"file[{mount:x}:{os.fstat(fd).st_ino:x}]"
+        """CRIU's name for the file: its mount's id and its inode, which are the same seen from any process."""
 
     @classmethod
     def of(cls, pid: int) -> Heap | None:
@@ -33,13 +37,6 @@ class Heap:
             if found:
                 return cls(os.open(f"/proc/{pid}/map_files/{found}", os.O_RDWR | os.O_CLOEXEC))
         return None
-
-    @property
-    def key(self) -> str:
-        """CRIU's name for the file: its mount's id and its inode, which are the same seen from any process."""
-        info = Path(f"/proc/self/fdinfo/{self.fd}").read_text(encoding="ascii")
-        mount = int(next(line.split()[1] for line in info.splitlines() if line.startswith("mnt_id:")))
-        return f"file[{mount:x}:{os.fstat(self.fd).st_ino:x}]"
 
     @property
     def size_bytes(self) -> int:

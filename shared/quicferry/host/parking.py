@@ -29,7 +29,6 @@ log = structlog.get_logger(__name__)
 
 CLONE_NEWNET: Final = 0x40000000
 SO_RCVBUFFORCE: Final = 33
-SO_TIMESTAMPNS: Final = 35
 SO_MEMINFO: Final = 55
 QUEUE_BYTES: Final = 8 * 1024 * 1024
 """Receive buffer of a parked socket: all that clients send during the pause must fit."""
@@ -78,7 +77,7 @@ def bind_parked(init_pid: int, port: int) -> socket.socket:
         try:
             _grow(udp)
             # The server tells by it what has come before the pause and what in it (socket(7)).
-            udp.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+            udp.setsockopt(socket.SOL_SOCKET, handover.SO_TIMESTAMPNS, 1)
             # No SO_REUSEPORT: two sockets with it would split what arrives.
             udp.bind(("0.0.0.0", port))  # noqa: S104 - inside the berth; restores anywhere
         except BaseException:

@@ -309,7 +309,6 @@ class Target:
             await self.stand_by()
         elif processes.is_held(server.pid):
             # CRIU let it go when the agent died; the socket and its queue died too, so a new one it is.
-            await self._find_source()
             self._server = server
             self._dock = self._dock or self._open_dock(berth)
             self._dock.expect(server.pid)

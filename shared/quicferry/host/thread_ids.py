@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable
 from typing import Final
 
+from quicferry.host.command import attempt
 from quicferry.host.processes import namespace_pid
 from quicferry.protocol.errors import FerryError
 
@@ -45,24 +46,11 @@ def free_range(epoch: int, taken: Iterable[int]) -> int:
 async def continue_at(init_pid: int, number: int) -> None:
     """The berth's next process gets an id above ``number``. Raises FerryError ``machine_unfit``."""
     # The number is that of the writer's own PID namespace (pid_namespaces(7)), on the agent's own writable /proc.
-    process = await asyncio.create_subprocess_exec(
-        *("nsenter", "-t", str(init_pid), "-p", "--", "tee", LAST_PID),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(SECONDS):
-            _, complaint = await process.communicate(str(number).encode())
-    except TimeoutError:
-        raise FerryError("machine_unfit", f"nsenter did not end within {SECONDS:g} s.") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
+    command = ["nsenter", "-t", str(init_pid), "-p", "--", "tee", LAST_PID]
+    result = await asyncio.to_thread(attempt, command, timeout=SECONDS, stdin=str(number))
+    if not result.ok:
         raise FerryError(
             "machine_unfit",
-            f"The berth's next PID can't be set: {complaint.decode(errors='replace').strip()}.",
+            f"The berth's next PID can't be set: {result.err.strip()}.",
             hint="The agent must be privileged: it writes kernel.ns_last_pid.",
         )

@@ -24,6 +24,9 @@ TIMEOUT: Final = 2.0
 """Seconds either side waits for the other."""
 
 CALLED_OFF: Final = b"\n"
+SO_TIMESTAMPNS: Final = 35
+"""Set by the agent on the socket that waits at the target, read by the wrapper: when each datagram came (socket(7)).
+The number is SO_TIMESTAMPNS_OLD of asm-generic/socket.h; Python has no name for it."""
 
 
 def socket_name(port: int) -> str:

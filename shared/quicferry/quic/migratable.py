@@ -7,12 +7,11 @@ import struct
 from collections import deque
 from typing import Final
 
+from quicferry.protocol.handover import SO_TIMESTAMPNS
 from quicferry.quic.addresses import Peer, normalised, open_socket, widen
 from quicferry.quic.udp import BATCH, MAX_DATAGRAM, RECEIVE_BUFFER, Received, UdpEndpoint
 
 CONTROL_BYTES: Final = 64
-SO_TIMESTAMPNS: Final = 35
-"""On most architectures, as SO_TIMESTAMPNS_OLD (asm-generic/socket.h); Python has no name for it."""
 OLD_LIMIT: Final = 65_536
 """Datagrams read from a socket that is about to be closed: more than its queue can hold."""
 RELEASE_LIMIT: Final = 4096

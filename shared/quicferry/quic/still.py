@@ -15,6 +15,8 @@ from typing import Any, Final
 
 from quicferry.protocol.errors import FerryError
 
+WAKE: Final = signal.SIGUSR2
+STOP: Final = signal.SIGTERM
 LIBRARY: Final = "libquicferry-heap.so"
 LOOK_EVERY: Final = 0.005
 """Seconds between looks for a signal that another thread may have taken."""
@@ -30,10 +32,6 @@ def _c_function() -> Any:
 
 
 _stand_still: Final = _c_function()
-
-
-WAKE: Final = signal.SIGUSR2
-STOP: Final = signal.SIGTERM
 
 
 class Stillness:

@@ -98,7 +98,8 @@ class UdpEndpoint(asyncio.DatagramTransport):
     # The subclass's side.
 
     def _arrived(self, data: bytes, peer: Peer) -> None:
-        raise NotImplementedError
+        """Each seam's own: what it does with a datagram."""
+        raise NotImplementedError  # abstract; asyncio's transport leaves no room for abc
 
     def _exchange(self, new: socket.socket) -> socket.socket | None:
         """Use ``new`` from now on; the one used before is returned, open and no longer watched."""
