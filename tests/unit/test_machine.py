@@ -167,6 +167,13 @@ def test_pre_copy_rounds_end_when_told_when_small_and_when_growing() -> None:
     assert after(900, 1000) is Phase.ARMING
 
 
+def test_a_pre_copy_round_that_is_reported_again_does_not_reopen_them() -> None:
+    rounds = [ev.PreDumped(**BASE, round=n, pages=900 // n, took_ms=1) for n in (1, 2)]
+    state, _ = run(*PREPARED, *rounds, pre_copy_rounds=2)
+    assert state.phase is Phase.ARMING
+    assert handle(state, rounds[0]) == (state, [])
+
+
 def test_a_log_begins_with_its_request() -> None:
     with pytest.raises(ValueError, match="begins with"):
         handle(None, ev.Prepared(**BASE))
