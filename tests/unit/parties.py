@@ -7,6 +7,7 @@ Steps are generators: whatever yields can be overtaken, cancelled or killed ther
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
@@ -80,18 +81,15 @@ class Server:
             self.armed = ""
         if self.moving == migration:
             self.moving = ""
-        self.over |= {migration}
+            self.over |= {migration}
 
     def adopt(self, migration: str, outcome: Literal["moved", "rolled_back"]) -> None:
-        if self.moving != migration:
-            raise StepError("hold_refused")
+        assert self.moving == migration, "one migration's socket for a server that another one holds"
         self.state, self.socket, self.moving = "running", True, ""
         self.over |= {migration}
         self.says += [ev.Adopted(id=migration, at_ms=0, outcome=outcome, still_ms=1)]
         if outcome == "moved":
-            self.says += [
-                ev.ClientArrived(id=migration, at_ms=0, client="c1", source="wrapper", interruption_ms=1)
-            ]
+            self.says += [ev.ClientArrived(id=migration, at_ms=0, client="c1", source="wrapper", interruption_ms=1)]
 
 
 @dataclass(eq=False)
@@ -137,7 +135,7 @@ class World:
         self.agents = {"checkpoint": Agent(self, "checkpoint"), "restore": Agent(self, "restore")}
         self.coordinators = [Coordinator(self), Coordinator(self)]
         self.killed: list[Run] = []
-        """Runs that were killed in the middle; kept, for a generator that is thrown away carries out its ``finally``."""
+        """Runs killed in the middle. Kept, for a generator that is thrown away still does its ``finally``."""
         self.lock = ""
         self.placed = 0
         """The epoch in the placement bucket."""
@@ -231,8 +229,11 @@ class Agent:
 
     def _loose(self) -> list[Side]:
         """Sides that a running step has opened and not handed on yet."""
-        return [side for side in self.world.docks.values() if (side.berth == side.request.target.berth) == (
-            self.role == "restore")]
+        return [
+            side
+            for side in self.world.docks.values()
+            if (side.berth == side.request.target.berth) == (self.role == "restore")
+        ]
 
     def accept(self, request: ev.Requested, verb: str, attempt: int, round_: int) -> None:
         """Raises StepError when it refuses, or is not there."""
@@ -453,8 +454,9 @@ class Agent:
             elif there.state == "held":
                 side.server = there
                 world.open_dock(side, udp=True)
-        if side.server is not None and side.server in world.berths.values():
-            side.server.state = "held"
+        if side.server is not None:
+            if side.server in world.berths.values():
+                side.server.state = "held"
             yield "go"
             if side.server not in world.berths.values():
                 raise StepError("server_gone")
@@ -568,6 +570,8 @@ class Coordinator:
         """It works, or whoever is asked says no."""
         world, request = self.world, task.state.request
         self.tasks.remove(task)
+        if isinstance(task.command, CallAgent | ArmServer) and not self.wanted(task):
+            return  # a decision goes its way, wanted or not: the log knows what it comes after
         match task.command:
             case CallAgent() | ArmServer():
                 try:
@@ -575,11 +579,8 @@ class Coordinator:
                 except StepError as error:
                     self.call_failed(task, str(error))
             case Decide():
-                try:
+                with contextlib.suppress(StepError):  # another one was first; its decision says what to do now
                     world.log.decide(decision(request.id, task.command), task.after)
-                except StepError:
-                    if self.wanted(task):
-                        self.tasks.append(changed(task, after=self.last.get(request.id, 0)))
             case Place():
                 world.placed = max(world.placed, request.epoch)
             case Unlock():
@@ -589,6 +590,10 @@ class Coordinator:
     def ask(self, task: Task) -> None:
         """Raises StepError when nobody takes it."""
         request, command = task.state.request, task.command
+        if {"completed", "rolled_back", "failed"} & set(self.world.log.decisions(request.id)):
+            # A limit of the whole: a coordinator that wakes up long after another one has finished, and finds an
+            # agent that was restarted since, would open what nobody closes.
+            raise StepError("too_late")
         if isinstance(command, CallAgent):
             self.world.agents[command.agent].accept(request, command.verb, command.attempt, command.round)
         elif isinstance(command, ArmServer):

@@ -11,6 +11,7 @@ import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.effort import examples
 from tests.fuzz.mutate import mutated
 from tests.fuzz.targets import SEEDS, TARGETS
 
@@ -31,7 +32,7 @@ def test_seeds(name: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(data=st.data())
 def test_seeds_broken_somewhere_and_plain_noise(name: str, data: st.DataObject) -> None:
     seed = data.draw(st.sampled_from([b"", *(seed[:400] for seed in SEEDS[name])]))
@@ -41,7 +42,7 @@ def test_seeds_broken_somewhere_and_plain_noise(name: str, data: st.DataObject) 
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(data=st.data())
 def test_seeds_with_other_values_and_lines(name: str, data: st.DataObject) -> None:
     seed = data.draw(st.sampled_from([seed for seed in SEEDS[name] if len(seed) < 10_000]))
