@@ -221,6 +221,8 @@ class Driver:
         migration, attempt = state.request.id, command.attempt if isinstance(command, CallAgent) else 1
         deadline = asyncio.get_running_loop().time() + seconds
         told = False
+        if not self._wanted(migration, command):
+            return  # overtaken while we stood still: whoever did it may be done, and what we ask for would stay
         while True:
             try:
                 await call()

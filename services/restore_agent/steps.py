@@ -48,11 +48,16 @@ class RestoreSteps:
     async def resume(self, request: AgentRequest) -> Events:
         target = self._target(request)
         self._targets[request.id] = target
-        yield await target.resume()
-        await target.leave()
-        await asyncio.sleep(LET_IT_SERVE)
-        target.forget()
-        self._targets.pop(request.id, None)
+        resumed = await target.resume()
+        try:
+            yield resumed
+            await target.leave()
+            await asyncio.sleep(LET_IT_SERVE)
+        finally:
+            # Whatever came of the rest, the target serves: a dock or images left behind would be nobody's.
+            await target.close()
+            target.forget()
+            self._targets.pop(request.id, None)
 
     async def abort(self, request: AgentRequest) -> Events:
         yield await self._target(request).abort()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import logging
+import random
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import atheris
+import structlog
 
-with atheris.instrument_imports(include=["quicferry", "msgspec"]):
+with atheris.instrument_imports(include=["quicferry", "services"]):
+    from tests.fuzz.mutate import mutated
     from tests.fuzz.targets import SEEDS, TARGETS
 
 
@@ -28,7 +32,20 @@ def main() -> None:
         "-rss_limit_mb=1024",
         "-timeout=5",
     ]
-    atheris.Setup(arguments, TARGETS[name])
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+
+    def mutator(data: bytes, most_bytes: int, seed: int) -> bytes:
+        chance = random.Random(seed)
+        match chance.randrange(4):
+            case 0:
+                return bytes(atheris.Mutate(data, most_bytes))
+            case 1:
+                return mutated(data, chance, most_bytes)
+            case _:
+                # libFuzzer keeps what reaches new Python code, and the decoder is C: it would lose these.
+                return mutated(chance.choice(SEEDS[name]), chance, most_bytes)
+
+    atheris.Setup(arguments, TARGETS[name], custom_mutator=mutator)
     atheris.Fuzz()
 
 

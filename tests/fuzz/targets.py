@@ -6,6 +6,8 @@ Each takes any bytes. tests/unit/test_fuzz_targets.py runs them over seeds and g
 
 from __future__ import annotations
 
+import asyncio
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,58 +15,83 @@ from typing import Final
 
 import msgspec
 
-from quicferry.host.images import Images, Manifest
-from quicferry.migration.machine import handle
+from quicferry.bus.registry import Lock
+from quicferry.cli import logfile
+from quicferry.host.images import Images
 from quicferry.protocol import agents, api, handover, wire
 from quicferry.protocol import events as ev
 from quicferry.protocol.control import MAX_LINE_BYTES, FromClient, FromServer, LineDecoder
-from quicferry.protocol.errors import CODES, FerryError
+from quicferry.protocol.errors import FerryError
+from tests.fuzz import users, wrappers
+from tests.unit import test_machine as machine
 
 MESSAGES: Final = (
-    ev.AnyEvent,
     api.MigrateRequest,
+    api.MigrateReply,
     api.CancelRequest,
+    api.CancelReply,
     api.StatusRequest,
+    api.StatusReply,
     api.ServicesRequest,
+    api.ServicesReply,
     api.Placement,
     api.Berth,
     api.ErrorReply,
     agents.AgentRequest,
+    agents.Accepted,
     agents.ArmRequest,
+    agents.ArmReply,
     handover.Request,
     handover.Adopted,
+    Lock,
 )
+STANDARD_STREAM: Final = re.compile(r"pipe:\[[0-9]+\]")
+ROOT: Final = Path(__file__).parents[2]
+
+_loop = asyncio.new_event_loop()
 
 
 def control_stream(data: bytes) -> None:
     """Lines of either side, in pieces as QUIC may deliver them: the first byte says how long a piece is."""
+    size, stream = (data[0] or 1) if data else 1, data[1:]
+    pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
     for kind in (FromClient, FromServer):
-        decoder: LineDecoder[msgspec.Struct] = LineDecoder(kind)
-        size = max(1, data[0]) if data else 1
-        seen = []
-        try:
-            for at in range(1, len(data), size):
-                seen += list(decoder.feed(data[at : at + size]))
-                assert len(decoder._buffer) <= MAX_LINE_BYTES, "it keeps more than a line"
-        except FerryError as error:
-            _ours(error)
-            assert not list(decoder.feed(b'{"type":"ack","id":"m"}\n')), "it goes on after an error"
-        for message in seen:
-            assert wire.decode(wire.encode(message), kind) == message
+        seen = _decoded(kind, pieces)
+        assert seen == _decoded(kind, [stream]), "it depends on how it was cut"
+        for message in seen[0]:
+            assert _decoded(kind, [wire.encode(message) + b"\n"]) == ([message], ""), "it can't be said again"
+    _loop.run_until_complete(wrappers.at_the_server(pieces))
+    _loop.run_until_complete(wrappers.at_the_client(pieces, wrappers.PEERS[size % len(wrappers.PEERS)]))
+
+
+def _decoded(kind: object, pieces: list[bytes]) -> tuple[list[msgspec.Struct], str]:
+    """The messages, and the code of the error that ended them."""
+    decoder: LineDecoder[msgspec.Struct] = LineDecoder(kind)
+    seen: list[msgspec.Struct] = []
+    try:
+        for piece in pieces:
+            for message in decoder.feed(piece):
+                seen.append(message)  # noqa: PERF402 - those before an error count
+            assert len(decoder._buffer) <= MAX_LINE_BYTES, "it keeps more than a line"
+    except FerryError as error:
+        users.refused(error)
+        assert not list(decoder.feed(b'{"type":"ack","id":"m"}\n')), "it goes on after an error"
+        return seen, error.code
+    return seen, ""
 
 
 def nats_message(data: bytes) -> None:
-    """Every message that an agent, a coordinator or a client decodes; an event goes through the machine too."""
+    """Every message that an agent, a coordinator or a client decodes; lines of events are a log."""
+    users.log(data)
+    users.exported(data)
     for kind in MESSAGES:
         try:
             message = wire.decode(data, kind)
         except FerryError as error:
-            _ours(error)
+            users.refused(error)
             continue
-        again = wire.encode(message)
-        assert wire.decode(again, kind) == message
-        if isinstance(message, ev.Event):
-            _through_the_machine(message)
+        assert wire.decode(wire.encode(message), kind) == message
+        users.used(message)
 
 
 def image_manifest(data: bytes) -> None:
@@ -76,11 +103,13 @@ def image_manifest(data: bytes) -> None:
         try:
             manifest = images.manifest()
         except FerryError as error:
-            _ours(error)
-        else:
-            images.write_manifest(manifest)
-            assert images.manifest() == manifest
-            assert isinstance(manifest, Manifest)
+            users.refused(error, "internal")
+            return
+        for number, link in manifest.pipes.items():
+            assert int(number) >= 0
+            assert STANDARD_STREAM.fullmatch(link), "CRIU would replace something else"
+        images.write_manifest(manifest)
+        assert images.manifest() == manifest
 
 
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
@@ -88,12 +117,40 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "nats-message": nats_message,
     "image-manifest": image_manifest,
 }
+
+
+def _examples() -> list[bytes]:
+    """The documents' own; several lines are several events."""
+    page = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
+    return [text.strip().encode() for text in re.findall(r"<!-- \w+ -->\n```json\n(.*?)```", page, re.DOTALL)]
+
+
+def _logs() -> list[bytes]:
+    """One that goes forward, one that goes back, and an exported one."""
+    request = machine.request(pre_copy_rounds=2)
+    rounds = [ev.PreDumped(**machine.BASE, round=n, pages=900 - n, took_ms=1) for n in (1, 2)]
+    forward = [request, *machine.PREPARED, *rounds, *machine.ARRIVED[3:], ev.Completed(**machine.BASE, arrived=1)]
+    back = [request, *machine.HELD, *machine.FAILURES, ev.RolledBack(**machine.BASE, reason=machine.ERROR)]
+    entries = [logfile.Entry(seq, event) for seq, event in enumerate(forward, start=1)]
+    return [
+        *(b"\n".join(wire.encode(event) for event in events) for events in (forward, back)),
+        b"".join(logfile.encode("m1", entries)),
+    ]
+
+
+HELLO: Final = b'{"type":"hello","client":"car-1","quiesce":true}\n'
 SEEDS: Final[dict[str, list[bytes]]] = {
     "control-stream": [
         b'\x05{"type":"hello","client":"car-1","quiesce":true}\n{"type":"ack","id":"m1"}\n',
         b'\xff{"type":"migrate","id":"m1","addr":"192.0.2.1","port":4242,"epoch":1}\n{"type":"rollback","id":"m1"}\n',
         b'\x01{"type":"moved","id":"m1","source":"wrapper","interruption_ms":1e9999}\n',
         b"\x80" + b"[" * 5_000 + b"\n",
+        b"\x40" + HELLO + b'{"type":"ack","id":"m1","refused":"why"}\n{"type":"nonsense"}\n',
+        b"\xc0" + HELLO + b'{"type":"ready","id":"m1"}\n' * 70,
+        b"\xc0" + HELLO + b'{"type":"moved","id":"m1","source":"application","interruption_ms":34.1}\n',
+        b"\x30an application's own first stream\n{\n",
+        b'\xc1{"type":"migrate","id":"m1","addr":"fe80::1%99999999999","port":4242}\n',
+        b'\xc2{"type":"migrate","id":"m2","addr":"2001:db8::1%7","port":4242,"quiesce_ms":9}\n',
     ],
     "nats-message": [
         b'{"service":"echo","to":{"node":"n","berth":"b"},"options":{"ack_timeout_ms":1}}',
@@ -101,23 +158,18 @@ SEEDS: Final[dict[str, list[bytes]]] = {
         b'{"unknown":' + b"[" * 100_000,
         b'{"op":"park","id":"m1"}',
         b'{"id":"\\ud800"}',
+        b'{"id":"m1","at_ms":1764000000000}',
+        b'{"error":{"code":"too_late","message":"It is.","hint":"Wait.","path":"$.id"}}',
+        b'{"kind":"' + b"x" * 200_000 + b'"}',
+        *_examples(),
+        *_logs(),
     ],
     "image-manifest": [
         b'{"pipes":{"1":"pipe:[1]"},"boot_id":"b","heap":"file[1:2]"}',
         b'{"unknown":' + b"[" * 100_000,
         b'{"pipes":{"\xff":""}}',
+        b'{"pipes":{"x":"pipe:[1]"}}',
+        b'{"pipes":{"1":"/etc/hosts"}}',
+        b'{"pipes":{},"pad":"' + b"x" * 300_000 + b'"}',
     ],
 }
-
-
-def _ours(error: FerryError) -> None:
-    assert error.code in CODES, error.code
-    assert len(str(error)) < 10_000, "an error as long as its cause"
-
-
-def _through_the_machine(event: ev.AnyEvent) -> None:
-    try:
-        state, _ = handle(None, event)
-    except ValueError:
-        return  # a log begins with a request
-    handle(state, event)

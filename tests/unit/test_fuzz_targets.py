@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import random
+from collections.abc import Iterator
+
 import pytest
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.effort import examples
+from tests.fuzz.mutate import mutated
 from tests.fuzz.targets import SEEDS, TARGETS
 
 CASES = [(name, number) for name, seeds in SEEDS.items() for number in range(len(seeds))]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Refusals are logged; thousands of them are of no use to anybody."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
@@ -17,10 +32,18 @@ def test_seeds(name: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(data=st.data())
 def test_seeds_broken_somewhere_and_plain_noise(name: str, data: st.DataObject) -> None:
     seed = data.draw(st.sampled_from([b"", *(seed[:400] for seed in SEEDS[name])]))
     at = data.draw(st.integers(0, len(seed)))
     gone = data.draw(st.integers(0, 8))
     TARGETS[name](seed[:at] + data.draw(st.binary(max_size=64)) + seed[at + gone :])
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(max_examples=examples(300), deadline=None)
+@given(data=st.data())
+def test_seeds_with_other_values_and_lines(name: str, data: st.DataObject) -> None:
+    seed = data.draw(st.sampled_from([seed for seed in SEEDS[name] if len(seed) < 10_000]))
+    TARGETS[name](mutated(seed, random.Random(data.draw(st.integers(0, 2**32)))))

@@ -9,6 +9,7 @@ import pytest
 
 from quicferry.host import images as module
 from quicferry.host.images import Images, Manifest, on_tmpfs
+from quicferry.protocol import wire
 from quicferry.protocol.errors import FerryError
 
 
@@ -106,3 +107,21 @@ def test_an_image_that_vanishes_while_sizes_are_taken_does_not_count(
 
     monkeypatch.setattr(os, "scandir", listed_then_deleted)
     assert images.size_bytes() == 3
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b'{"pipes":{"x":"pipe:[1]"}}',
+        b'{"pipes":{"1":"/etc/hosts"}}',
+        b'{"pipes":{"1":"pipe:[1]\\n"}}',
+        b'{"pipes":{},"pad":"' + b"x" * wire.MAX_MESSAGE_BYTES + b'"}',
+        b'{"unknown":' + b"[" * 100_000,
+        b'{"boot_id":"\xff"}',
+    ],
+)
+def test_a_manifest_of_another_form_is_refused(images: Images, manifest: bytes) -> None:
+    (images.path / "manifest.json").write_bytes(manifest)
+    with pytest.raises(FerryError, match="no readable manifest") as caught:
+        images.manifest()
+    assert caught.value.code == "internal"

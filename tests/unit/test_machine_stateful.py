@@ -15,6 +15,7 @@ from quicferry.migration.commands import ArmServer, CallAgent, Command, Decide, 
 from quicferry.migration.machine import ABORT_ATTEMPTS, RESUME_ATTEMPTS, Phase, State, handle, outstanding
 from quicferry.protocol import events as ev
 from quicferry.protocol.errors import ErrorBody
+from tests.effort import examples
 from tests.unit.test_machine import BASE, request
 
 ERROR = ErrorBody(code="criu_failed", message="no")
@@ -349,5 +350,5 @@ class Migration(RuleBasedStateMachine):
         assert not self.parked, "a socket was left behind"
 
 
-Migration.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+Migration.TestCase.settings = settings(max_examples=examples(200), stateful_step_count=40, deadline=None)
 TestMigration = Migration.TestCase

@@ -113,3 +113,44 @@ def test_an_error_travels_unchanged(code: str) -> None:
     body = wire.decode(wire.encode(api.ErrorReply(error=error.body())), api.ErrorReply).error
     again = FerryError.of(body)
     assert (again.code, again.message, again.hint, again.path) == (code, "A sentence.", "A hint.", "$.x")
+
+
+@pytest.mark.parametrize(
+    "kind", [agents.AgentRequest, agents.ArmRequest, handover.Adopted, control.Migrate, api.Berth]
+)
+def test_no_integer_is_larger_than_every_json_reader_keeps(kind: type) -> None:
+    """Python's have no end: one of 400 digits fails at its first meeting with a float, far from where it came in."""
+    schema_of = json.dumps(msgspec.json.schema(kind))
+    assert '"type": "integer"' in schema_of
+    for number in re.findall(r'\{[^{}]*"type": "integer"[^{}]*\}', schema_of):
+        assert "maximum" in json.loads(number), number
+
+
+def test_every_integer_of_an_event_has_an_end() -> None:
+    for number in re.findall(r'\{[^{}]*"type": "integer"[^{}]*\}', json.dumps(msgspec.json.schema(events.AnyEvent))):
+        assert {"minimum", "maximum"} <= json.loads(number).keys(), number
+
+
+def test_a_berth_is_named_as_the_log_can_name_it() -> None:
+    berth = {
+        "node": "n",
+        "berth": "b",
+        "service": "echo",
+        "address": {"host": "127.0.0.1", "port": 1},
+        "port": 1,
+        "occupied": True,
+        "container": "",
+        "image": "",
+        "seen_ms": 1,
+    }
+    wire.decode(json.dumps(berth).encode(), api.Berth)
+    for field in ("node", "berth", "service"):
+        with pytest.raises(FerryError) as caught:
+            wire.decode(json.dumps({**berth, field: "a.b"}).encode(), api.Berth)
+        assert caught.value.path == f"$.{field}"
+
+
+def test_a_refusal_is_short_whatever_it_refuses() -> None:
+    with pytest.raises(FerryError) as caught:
+        wire.decode(b'{"kind":"' + b"x" * 200_000 + b'"}', events.AnyEvent)
+    assert len(str(caught.value)) < 300

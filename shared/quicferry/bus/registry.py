@@ -18,7 +18,7 @@ from quicferry.bus.streams import ensure_bucket
 from quicferry.protocol import subjects, wire
 from quicferry.protocol.api import Berth, Placement
 from quicferry.protocol.errors import FerryError
-from quicferry.protocol.wire import Name
+from quicferry.protocol.wire import Count, Name
 
 log = structlog.get_logger()
 
@@ -33,7 +33,7 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
     """Which migration holds a service, and since when (Unix time, milliseconds)."""
 
     id: Name
-    at_ms: int
+    at_ms: Count
 
 
 class Placed(NamedTuple):

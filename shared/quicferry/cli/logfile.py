@@ -18,7 +18,7 @@ import msgspec
 from quicferry.protocol import events as ev
 from quicferry.protocol import wire
 from quicferry.protocol.errors import FerryError
-from quicferry.protocol.wire import Name
+from quicferry.protocol.wire import Count, Name
 
 FORMAT: Final = 1
 MAX_FILE_BYTES: Final = 64 * 1024 * 1024
@@ -34,15 +34,15 @@ class Entry(NamedTuple):
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    quicferry_log: int
+    quicferry_log: Count
     """The format's version."""
     id: Name
-    entries: int | None = None
+    entries: Count | None = None
     """How many lines follow; tells a file that was cut off."""
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
-    seq: int
+    seq: Count
     event: ev.AnyEvent
 
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 import structlog
@@ -29,12 +29,15 @@ COMPLETE: Final = "complete"
 """The FIFO through which the source tells the target that the images are complete."""
 
 Side = Literal["source", "target"]
+Descriptor = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,7}$(?!\n)")]
+Pipe = Annotated[str, msgspec.Meta(pattern=r"^pipe:\[[0-9]{1,20}\]$(?!\n)")]
+"""As readlink(2) says it of a descriptor; CRIU is told by it which one to replace."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What the restoring side needs beside the images themselves; ``manifest.json`` in their directory."""
 
-    pipes: dict[str, str] = {}
+    pipes: dict[Descriptor, Pipe] = {}
     """Descriptor number to ``pipe:[inode]``: the standard streams that lead out of the berth."""
     boot_id: str = ""
     """The boot that the clocks in the images belong to."""
@@ -116,7 +119,7 @@ class Images:
     def manifest(self) -> Manifest:
         """Raises FerryError ``internal`` if the dump left none."""
         try:
-            manifest: Manifest = wire.decode((self.path / "manifest.json").read_bytes(), Manifest)
+            manifest: Manifest = wire.decode(self._read_manifest(), Manifest)
         except (OSError, FerryError) as error:
             raise FerryError(
                 "internal",
@@ -124,6 +127,11 @@ class Images:
                 hint=f"Both agents must share {self.root}.",
             ) from None
         return manifest
+
+    def _read_manifest(self) -> bytes:
+        # One byte more than is allowed is enough to see that it is too large.
+        with (self.path / "manifest.json").open("rb") as file:
+            return file.read(wire.MAX_MESSAGE_BYTES + 1)
 
     def drop_time_namespace(self) -> None:
         """Delete the time namespace's image, so that the restored clock is the berth's own.

@@ -186,17 +186,18 @@ def _wanted_resuming(state: State, limit: float) -> list[Command]:
 def _wanted_aborting(state: State) -> list[Command]:
     if state.gave_up:
         return [Decide(decision="failed", reason=state.reason)]
-    if state.source_back and state.target_cleared:
+    if state.source_back and state.disarmed and state.target_cleared:
         # Before `prepared` nothing of the source was touched: a refusal, not a way back.
         decision = Decide(decision="rolled_back" if state.prepared else "failed", reason=state.reason)
         return [decision]
     calls: list[Command] = []
     if not state.target_cleared:
         calls.append(CallAgent(agent="restore", verb="abort", attempt=state.attempt))
-    if not state.disarmed:
-        calls.append(ArmServer(disarm=True))
-    elif not state.source_back:
+    # The agent first: a server that is disarmed while the agent is about to send its SIGTERM takes that for its end.
+    if not state.source_back:
         calls.append(CallAgent(agent="checkpoint", verb="abort", attempt=state.attempt))
+    elif not state.disarmed:
+        calls.append(ArmServer(disarm=True))
     return [*calls, _timer_for(state, ABORT_SECONDS)]
 
 
@@ -277,6 +278,8 @@ def _absorb_ready(state: State, event: ev.SourceReady | ev.TargetReady) -> State
 
 
 def _absorb_pre_dumped(state: State, event: ev.PreDumped) -> State:
+    if event.round <= state.pre_copied:
+        return state  # said again: it would open rounds that are over
     grew = state.pre_copied > 0 and event.pages > state.pre_copy_pages * MOST_GROWTH
     over = event.round >= state.request.options.pre_copy_rounds or event.pages <= ENOUGH_PAGES or grew
     return replace(state, pre_copied=event.round, pre_copy_pages=event.pages, pre_copy_over=over)
@@ -307,7 +310,8 @@ def _absorb_timeout(state: State, event: ev.TimedOut) -> State:
         case Phase.SETTLING:
             return replace(state, settled=True)
         case Phase.ABORTING if state.attempt < ABORT_ATTEMPTS:
-            return replace(state, attempt=state.attempt + 1, disarmed=True)
+            # A server that was asked in vain calls its move off by itself, and an arming ends.
+            return replace(state, attempt=state.attempt + 1, disarmed=state.disarmed or state.source_back)
         case Phase.RESUMING if state.attempt < RESUME_ATTEMPTS:
             return replace(state, attempt=state.attempt + 1)
         case Phase.ABORTING | Phase.RESUMING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from quicferry.protocol.api import Address, Options, Place
-from quicferry.protocol.wire import Name
+from quicferry.protocol.wire import Count, Name
 
 
 class AgentRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -17,13 +17,13 @@ class AgentRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     id: Name
     service: Name
-    epoch: int
+    epoch: Count
     source: Place
     target: Place
     options: Options = Options()
-    round: int = 0
+    round: Count = 0
     """The pre-copy round, from 1; 0 where none is meant."""
-    attempt: int = 1
+    attempt: Count = 1
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,12 +38,12 @@ class ArmRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     id: Name
-    epoch: int
+    epoch: Count
     target: Address | None = None
     options: Options = Options()
 
 
 class ArmReply(msgspec.Struct, frozen=True, kw_only=True):
     id: str
-    clients: int
+    clients: Count
     """Connected clients that said hello."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from quicferry.protocol.errors import ErrorBody
-from quicferry.protocol.wire import Millis, Name, Port
+from quicferry.protocol.wire import Count, Millis, Name, Port
 
 Rounds = Annotated[int, msgspec.Meta(ge=0, le=8)]
 
@@ -59,7 +59,7 @@ class MigrateReply(msgspec.Struct, frozen=True, kw_only=True):
     service: str
     source: Place
     target: Place
-    epoch: int
+    epoch: Count
 
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,14 +86,14 @@ class MigrationStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     service: str
     source: Place
     target: Place
-    epoch: int
+    epoch: Count
     phase: str
     outcome: str | None = None
     """``completed``, ``rolled_back`` or ``failed`` once it has ended."""
-    requested_ms: int
+    requested_ms: Count
     """Unix time, in milliseconds."""
-    acks: int = 0
-    clients: int = 0
+    acks: Count = 0
+    clients: Count = 0
     reason: ErrorBody | None = None
 
 
@@ -104,19 +104,19 @@ class StatusReply(msgspec.Struct, frozen=True, kw_only=True):
 class Placement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Where a service is now; ``epoch`` counts its committed moves."""
 
-    service: str
+    service: Name
     place: Place
-    epoch: int = 0
-    migration: str | None = None
+    epoch: Count = 0
+    migration: Name | None = None
     """The migration that put it there."""
 
 
 class Berth(msgspec.Struct, frozen=True, kw_only=True):
     """A container that a server can live in, as its node's checkpoint agent last saw it."""
 
-    node: str
-    berth: str
-    service: str
+    node: Name
+    berth: Name
+    service: Name
     """The service whose port and address this berth is made for."""
     address: Address
     port: Port
@@ -124,7 +124,7 @@ class Berth(msgspec.Struct, frozen=True, kw_only=True):
     occupied: bool
     container: str
     image: str
-    seen_ms: int
+    seen_ms: Count
     """Unix time, in milliseconds."""
 
     @property

@@ -13,7 +13,7 @@ import msgspec
 from quicferry.protocol import wire
 from quicferry.protocol.api import Address
 from quicferry.protocol.errors import FerryError
-from quicferry.protocol.wire import Millis, Name
+from quicferry.protocol.wire import Count, Millis, Name
 
 MAX_LINE_BYTES: Final = 4096
 """A longer line is an error that closes the stream."""
@@ -23,7 +23,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_f
     """Client to server, first line: who the client is and what it can do."""
 
     client: Name
-    v: int = wire.SCHEMA_VERSION
+    v: Count = wire.SCHEMA_VERSION
     quiesce: bool = False
     """The client's application wants to be told before the freeze and will send ``ready``."""
 
@@ -34,7 +34,7 @@ class Migrate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     id: Name
     addr: Annotated[str, msgspec.Meta(min_length=2, max_length=45)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
-    epoch: int = 0
+    epoch: Count = 0
     quiesce_ms: Millis = 0
     """How long a client that asked to be told may take to say ``ready``."""
 

@@ -13,15 +13,15 @@ import msgspec
 from quicferry.protocol import subjects
 from quicferry.protocol.api import Options, Place
 from quicferry.protocol.errors import ErrorBody
-from quicferry.protocol.wire import SCHEMA_VERSION, Name
+from quicferry.protocol.wire import SCHEMA_VERSION, Count, Name
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
     """Common to all: the migration's ``id`` and when it was written, Unix time in milliseconds."""
 
     id: Name
-    at_ms: int
-    v: int = SCHEMA_VERSION
+    at_ms: Count
+    v: Count = SCHEMA_VERSION
 
     identity: ClassVar[tuple[str, ...]] = ()
     """Fields that tell two events of one kind in one migration apart."""
@@ -34,7 +34,7 @@ class Requested(Event, tag="decision.requested", frozen=True, kw_only=True):
     service: Name
     source: Place
     target: Place
-    epoch: int
+    epoch: Count
     """The epoch the service has after the move."""
     options: Options = Options()
 
@@ -52,7 +52,7 @@ class RolledBack(Event, tag="decision.rolled_back", frozen=True, kw_only=True):
 
 
 class Completed(Event, tag="decision.completed", frozen=True, kw_only=True):
-    arrived: int = 0
+    arrived: Count = 0
     """Clients that the target has heard from."""
 
 
@@ -75,7 +75,7 @@ class CancelAsked(Event, tag="coordinator.cancel", frozen=True, kw_only=True):
 class TimedOut(Event, tag="coordinator.timeout", frozen=True, kw_only=True):
     identity = ("phase", "attempt")
     phase: str
-    attempt: int = 1
+    attempt: Count = 1
 
 
 class CallFailed(Event, tag="coordinator.call_failed", frozen=True, kw_only=True):
@@ -84,14 +84,14 @@ class CallFailed(Event, tag="coordinator.call_failed", frozen=True, kw_only=True
     identity = ("to", "attempt")
     to: str
     """``checkpoint.prepare``, ``server.arm`` and so on."""
-    attempt: int
+    attempt: Count
     error: ErrorBody
 
 
 class Armed(Event, tag="coordinator.armed", frozen=True, kw_only=True):
     """The server wrapper answered that it is armed."""
 
-    clients: int
+    clients: Count
 
 
 class Disarmed(Event, tag="coordinator.disarmed", frozen=True, kw_only=True):
@@ -104,15 +104,15 @@ class Disarmed(Event, tag="coordinator.disarmed", frozen=True, kw_only=True):
 class SourceReady(Event, tag="checkpoint.prepared", frozen=True, kw_only=True):
     image: str
     """The berth's image id, to compare with the target's."""
-    rss_bytes: int
-    shared_bytes: int = 0
+    rss_bytes: Count
+    shared_bytes: Count = 0
     """How much of it is a shared heap, which is mapped again instead of copied."""
 
 
 class PreDumped(Event, tag="checkpoint.pre_dumped", frozen=True, kw_only=True):
     identity = ("round",)
-    round: int
-    pages: int
+    round: Count
+    pages: Count
     took_ms: float
 
 
@@ -126,8 +126,8 @@ class SourceHeld(Event, tag="checkpoint.held", frozen=True, kw_only=True):
 class Dumped(Event, tag="checkpoint.dumped", frozen=True, kw_only=True):
     """The images are complete; the source is frozen, without a socket."""
 
-    pages: int
-    image_bytes: int
+    pages: Count
+    image_bytes: Count
     took_ms: float
     """From the request to CRIU to its post-dump notification."""
     pipes: dict[str, str] = {}
@@ -148,7 +148,7 @@ class SourceBack(Event, tag="checkpoint.aborted", frozen=True, kw_only=True):
 class CheckpointFailed(Event, tag="checkpoint.failed", frozen=True, kw_only=True):
     identity = ("verb", "attempt")
     verb: str
-    attempt: int
+    attempt: Count
     error: ErrorBody
 
 
@@ -172,7 +172,7 @@ class Resumed(Event, tag="restore.resumed", frozen=True, kw_only=True):
     """The target runs and has adopted the parked socket."""
 
     took_ms: float
-    queued: int
+    queued: Count
     """Bytes that were waiting in the parked socket."""
     restore_ms: float | None = None
     """CRIU's own restore_time; None if this agent did not restore."""
@@ -185,7 +185,7 @@ class TargetCleared(Event, tag="restore.aborted", frozen=True, kw_only=True):
 class RestoreFailed(Event, tag="restore.failed", frozen=True, kw_only=True):
     identity = ("verb", "attempt")
     verb: str
-    attempt: int
+    attempt: Count
     error: ErrorBody
 
 
@@ -193,7 +193,7 @@ class RestoreFailed(Event, tag="restore.failed", frozen=True, kw_only=True):
 
 
 class MigrateSent(Event, tag="server.migrate", frozen=True, kw_only=True):
-    clients: int
+    clients: Count
     """Clients told."""
 
 
@@ -206,11 +206,11 @@ class AckSeen(Event, tag="server.ack", frozen=True, kw_only=True):
 class Quiesced(Event, tag="server.quiesced", frozen=True, kw_only=True):
     """The wait for acks and for applications is over; the server is about to stand still."""
 
-    acks: int
-    clients: int
-    ready: int
+    acks: Count
+    clients: Count
+    ready: Count
     """Clients that asked to be told and said it is safe to dump."""
-    closed: int
+    closed: Count
     """Connections without hello, closed."""
 
 

@@ -17,7 +17,7 @@ from typing import Final, Literal
 import msgspec
 
 from quicferry.protocol.api import Address
-from quicferry.protocol.wire import Name
+from quicferry.protocol.wire import Count, Name
 
 MAX_LINE_BYTES: Final = 4096
 TIMEOUT: Final = 2.0
@@ -50,7 +50,7 @@ class Adopted(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag="ad
     node: Name
     berth: Name
     address: Address
-    epoch: int
+    epoch: Count
 
 
 Request = Park | Adopt

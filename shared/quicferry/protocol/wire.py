@@ -22,6 +22,13 @@ The lookahead is for Python, where ``$`` also matches before a final newline.
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Millis = Annotated[int, msgspec.Meta(ge=0, le=3_600_000)]
 """A duration on the wire, in milliseconds."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+"""A number of things, an epoch, a time: no larger than what every JSON reader keeps exact (RFC 7493, 2.2).
+
+Python's own integers have no end, and one of 400 digits fails where it first meets a float.
+"""
+LONGEST_REASON: Final = 200
+"""Characters of a decoder's complaint, which quotes what it complains of."""
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
 
@@ -48,6 +55,10 @@ def decode(data: bytes, kind: Any) -> Any:
     except msgspec.ValidationError as error:
         match = _PATH.match(str(error))
         what, path = (match["what"], match["path"]) if match else (str(error), "")
-        raise FerryError("bad_request", f"{what}.", path=path or "$") from None
+        raise FerryError("bad_request", f"{_shortened(what)}.", path=path or "$") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FerryError("bad_request", f"Not valid JSON: {error}.") from None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import ipaddress
 import socket
-from typing import Any
+from typing import Any, Final
 
 Peer = tuple[str, int] | tuple[str, int, int, int]
 """``(host, port)`` for IPv4, ``(host, port, 0, scope)`` for IPv6; the host is a literal in its shortest form."""
+MAX_SCOPE: Final = 2**32 - 1
+"""sin6_scope_id has 32 bits (RFC 3493, 3.3)."""
 
 
 @functools.lru_cache(maxsize=8192)
@@ -23,6 +25,8 @@ def normalised(address: tuple[Any, ...]) -> Peer:
         scope = int(address[3]) if len(address) == 4 else 0
         if zone and not scope:
             scope = int(zone) if zone.isdigit() else socket.if_nametoindex(zone)
+        if not 0 <= scope <= MAX_SCOPE:
+            raise ValueError(f"{scope} is no interface")  # sendto(2) would take its low 32 bits for one
         return (str(ip), port, 0, scope)
     return (str(ip), port)
 

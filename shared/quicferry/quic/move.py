@@ -71,10 +71,13 @@ class Move:
         self._look()
         return None if ack.refused else (time.monotonic() - self._began) * 1000
 
-    def is_ready(self, client: Client, ready: Ready) -> None:
-        if client.name in self.told:
-            self.ready.add(client.name)
-            self._look()
+    def is_ready(self, client: Client, ready: Ready) -> bool:
+        """Whether it was this client's first word of it."""
+        if client.name not in self.told or client.name in self.ready:
+            return False
+        self.ready.add(client.name)
+        self._look()
+        return True
 
     def report(self, client: Client, moved: Moved) -> bool:
         """Whether this is the client's first account of its kind."""

@@ -164,8 +164,7 @@ class Mover:
     def ready(self, client: ServedConnection, ready: Ready) -> bool:
         if self._move is None or self._move.id != ready.id:
             return False
-        self._move.is_ready(client, ready)
-        return True
+        return self._move.is_ready(client, ready)
 
     def moved(self, client: ServedConnection, moved: Moved) -> bool:
         move = self._known(moved.id)
