@@ -69,12 +69,14 @@ class Process:
 @contextlib.asynccontextmanager
 async def process(server: NatsServer, *, ready: bool = True, **environment: str) -> AsyncIterator[Process]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("NATS_", "QUICFERRY_"))}
+    # A copy of the code that the caller put first stays first.
+    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
     started = Process(
         await asyncio.create_subprocess_exec(
             sys.executable,
             *("-m", "services.coordinator"),
             cwd=ROOT,
-            env={**kept, "NATS_URL": server.url, "PYTHONPATH": str(ROOT), **environment},
+            env={**kept, "NATS_URL": server.url, "PYTHONPATH": path, **environment},
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )

@@ -137,7 +137,8 @@ async def _demo(args: argparse.Namespace, out: Output, traces: Path) -> Result:
 async def _move(bus: Bus, service: str) -> Report:
     from quicferry.bus.log import EventLog
 
-    reply = await session.ask(bus, subjects.MIGRATE, MigrateRequest(service=service), MigrateReply)
+    request = MigrateRequest(service=service, id=make_id(service))
+    reply = await session.ask(bus, subjects.MIGRATE, request, MigrateReply)
     log = await EventLog.open(bus)
     seen: list[ev.AnyEvent] = []
     async with asyncio.timeout(MOVE_SECONDS):
