@@ -34,8 +34,8 @@ from services.coordinator.driver import now_ms
 log = structlog.get_logger()
 
 ORPHAN_SECONDS: Final = 0.5
-"""A lock whose migration is not in the log after so long belongs to a coordinator that died in between. Only the leader
-takes locks, one request after another: nobody else can be about to write this one's."""
+"""A lock whose migration is not in the log after so long belongs to a coordinator that died in between. Only the
+leader takes locks, one request after another: nobody else can be about to write this one's."""
 TRIES: Final = 20
 TRY_WAIT: Final = 0.05
 CAUGHT_UP_SECONDS: Final = 2.0

@@ -27,6 +27,8 @@ from quicferry.protocol.api import (
     StatusRequest,
 )
 from quicferry.protocol.errors import FerryError
+from services.coordinator.leadership import Leadership
+from services.coordinator.lease import LEASE, Tenure
 from tests.conftest import NatsServer
 from tests.integration.scripted import LIMIT, Behaviour, Node, berth, coordinating, now_ms
 from tests.integration.test_bus_endpoints import BAD_MESSAGES
@@ -255,14 +257,28 @@ async def test_the_same_id_twice_is_one_migration(
         assert await registry.lock_holder("other") is None
 
 
-async def test_two_coordinators_act_as_one(
-    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer
+async def no_lock_at_all(leadership: Leadership) -> None:
+    """In place of winning the lead."""
+
+
+async def never_over(leadership: Leadership) -> None:
+    """In place of renewing it."""
+    await asyncio.Event().wait()
+
+
+async def test_two_coordinators_that_both_act_are_one(
+    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The last line of defence, with the lock out of order: what the log has decided can't be decided again."""
+    monkeypatch.setattr(Leadership, "win", no_lock_at_all)
+    monkeypatch.setattr(Leadership, "keep", never_over)
+    monkeypatch.setattr(Tenure, "left", lambda tenure, now: LEASE)
     async with coordinating(nats_server, 2):
         for _ in range(4):
             reply = await migrate(bus)
             assert decisions(await ended(event_log, reply.id)) == HAPPY
             assert {count for key, count in node.done.items() if key[0] == reply.id and "server" not in key[1]} == {1}
+            assert max(count for key, count in node.calls.items() if key[0] == reply.id) > 1  # both did act
         node.behave["checkpoint.dump"] = "fail"
         reply = await migrate(bus)
         assert decisions(await ended(event_log, reply.id)) == BACK
@@ -306,6 +322,25 @@ async def test_a_lock_left_behind_is_taken_over(
     assert await registry.lock("echo", "m1")  # its coordinator died before it gave it back
     assert (await migrate(bus, id="m2")).id == "m2"
     await ended(event_log, "m2")
+
+
+async def test_a_lock_without_a_migration_is_taken_over(
+    bus: Bus, event_log: EventLog, registry: Registry, node: Node, coordinator: None
+) -> None:
+    assert await registry.lock("echo", "m1")  # its coordinator died before the request was in the log
+    assert (await migrate(bus, id="m2")).id == "m2"
+    await ended(event_log, "m2")
+
+
+async def test_a_lock_of_an_ended_migration_is_given_back_by_the_next_leader(
+    bus: Bus, event_log: EventLog, registry: Registry, node: Node, nats_server: NatsServer
+) -> None:
+    async with coordinating(nats_server):
+        await ended(event_log, (await migrate(bus, id="m1")).id)
+        await unlocked(registry)
+    assert await registry.lock("echo", "m1")  # as if it had been killed before it gave it back
+    async with coordinating(nats_server):
+        await unlocked(registry)
 
 
 @pytest.mark.parametrize(

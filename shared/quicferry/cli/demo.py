@@ -18,6 +18,7 @@ import msgspec
 
 from quicferry.cli import arguments, client, describe, lifecycle, project, session
 from quicferry.cli.exits import Exit
+from quicferry.cli.migrate import make_id
 from quicferry.cli.output import Cell, Output
 from quicferry.migration.report import Report, report
 from quicferry.protocol import events as ev

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from quicferry.bus.connection import Bus
 
 ANSWER_SECONDS: Final = 6.0
-"""How long an answer may take, all tries together: enough for a coordinator that was killed to be started again and for
-its lease to run out, or for another one to take over."""
+"""How long an answer may take, all tries together: enough for a coordinator that was killed to be started again and
+for its lease to run out, or for another one to take over."""
 TRY_SECONDS: Final = 2.5
 """A request unanswered for so long may have been a dead coordinator's, and is sent again."""
 TRY_WAIT: Final = 0.2
@@ -63,7 +63,9 @@ async def ask(bus: Bus, subject: str, request: msgspec.Struct, reply: type[R]) -
         except FerryError as error:
             if error.code not in ("no_answer", "not_leading") or now() + TRY_WAIT >= end:
                 if error.code == "no_answer" and not error.hint:
-                    error.hint = "Is a coordinator running? `quicferry up` starts it, `quicferry doctor` looks around."
+                    error.hint = (
+                        "Is a coordinator running? `quicferry up` starts it, `quicferry doctor` looks around."
+                    )
                 raise
         await asyncio.sleep(TRY_WAIT)
 
