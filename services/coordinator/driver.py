@@ -217,7 +217,10 @@ class Driver:
                 return
             except FerryError as failure:
                 error = _as_unarmed(failure, state) if isinstance(command, ArmServer) else failure
-            if error.code == "not_leading" or not self._wanted(migration, command):
+            if error.code == "not_leading":
+                log.info("call_left", id=migration, to=command.name)  # to the one that leads now
+                return
+            if not self._wanted(migration, command):
                 return
             unheard = error.code in (*_UNHEARD, "server_unarmed")
             over = asyncio.get_running_loop().time() >= deadline
@@ -271,7 +274,7 @@ class Driver:
                 return
             except FerryError as error:
                 if error.code == "not_leading":
-                    log.info("write_left", id=migration, what=what)  # to the one that leads now
+                    log.info("write_left", id=migration, what=what)
                     return
                 if error.code == "log_conflict" and command is not None:
                     log.debug("decided_elsewhere", id=migration, what=what)

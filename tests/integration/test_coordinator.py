@@ -8,6 +8,8 @@ import json
 from collections.abc import Awaitable, Callable
 
 import pytest
+import structlog
+from msgspec.structs import replace
 
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
@@ -282,6 +284,29 @@ async def test_two_coordinators_that_both_act_are_one(
         node.behave["checkpoint.dump"] = "fail"
         reply = await migrate(bus)
         assert decisions(await ended(event_log, reply.id)) == BACK
+
+
+async def test_a_lease_that_ran_out_unnoticed_stops_everything(
+    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the lease's end and whoever notices it, what the log wants is not asked for, and nobody is answered."""
+    monkeypatch.setattr(Leadership, "keep", never_over)
+    async with coordinating(nats_server):
+        first = await migrate(bus)
+        asked = (await ended(event_log, first.id))[0]
+        assert isinstance(asked, ev.Requested)
+        with structlog.testing.capture_logs() as lines:
+            monkeypatch.setattr(Tenure, "left", lambda tenure, now: 0.0)
+            await event_log.decide(replace(asked, id="late", source=asked.target, target=asked.source), after=0)
+            async with asyncio.timeout(LIMIT):
+                while len([line for line in lines if line["event"] == "call_left"]) < 2:
+                    await bus.sync()  # a round trip: the driver's tasks are in this loop
+            await bus.nats.publish(subjects.MIGRATE, b'{"service":"echo","id":"later"}')
+            async with asyncio.timeout(LIMIT):
+                while not [line for line in lines if line["event"] == "request_passed_over"]:
+                    await bus.sync()
+        assert [key for key in node.calls if key[0] != first.id] == []
+        assert [entry.event.id for entry in await event_log.read("later")] == []
 
 
 async def test_a_plain_publish_is_enough(bus: Bus, event_log: EventLog, node: Node, coordinator: None) -> None:

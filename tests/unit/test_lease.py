@@ -78,11 +78,15 @@ def test_two_renewals_may_be_lost() -> None:
     assert RENEW * 3 < LEASE - MARGIN
 
 
+STEPS = st.integers(0, 12).map(lambda quarters: quarters / 4)
+"""Seconds; coarse, so that looks fall on both sides of where a lease ends."""
+
+
 @given(
     set_by=st.floats(-1e6, 1e6),
     rate=st.floats(1 - MARGIN / LEASE / 2, 1 + MARGIN / LEASE / 2),
-    asks=st.lists(st.tuples(st.floats(0, 3), st.floats(0, 3), st.booleans()), min_size=1, max_size=20),
-    looks=st.lists(st.floats(0.01, 3), min_size=1, max_size=40),
+    asks=st.lists(st.tuples(STEPS, STEPS, st.booleans()), min_size=1, max_size=5),
+    looks=st.lists(STEPS, min_size=1, max_size=20),
 )
 def test_both_never_act_at_once(
     set_by: float, rate: float, asks: list[tuple[float, float, bool]], looks: list[float]
