@@ -9,6 +9,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from typing import Final
 
 import structlog
@@ -151,14 +152,16 @@ class Leadership:
         self._renewal += 1
         claim = Claim(holder=self.name, lease_ms=round(LEASE * 1000), since_ms=self._since_ms, renewal=self._renewal)
         try:
-            self._revision = await self._lock.write(claim, self._revision)
+            with _heeding_cancellation():
+                self._revision = await self._lock.write(claim, self._revision)
         except FerryError as error:
             raise _missed(error) from error
         self._tenure.renewed(asked_at)
 
     async def _read(self) -> Held:
         try:
-            return await self._lock.read()
+            with _heeding_cancellation():
+                return await self._lock.read()
         except FerryError as error:
             self._misses += 1
             if self._misses % MAKE_EVERY == 0:  # somebody may have removed the bucket
@@ -176,6 +179,20 @@ class _Missed(Exception):  # noqa: N818  # not an error: to be tried again
 
 class _ConflictError(_Missed):
     """The record is not what it was."""
+
+
+@contextlib.contextmanager
+def _heeding_cancellation() -> Iterator[None]:
+    """Python 3.11's wait_for, which nats-py uses, loses a cancellation that comes together with its answer.
+
+    Lost here, a coordinator that is to stop would renew its lead for ever. Only what came meanwhile counts: 3.11's
+    TaskGroup leaves a task's count raised when one of its own tasks has failed.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    yield
+    if task is not None and task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 def _missed(error: FerryError) -> Exception:
