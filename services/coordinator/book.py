@@ -27,6 +27,16 @@ class Verdict(NamedTuple):
     at_ms: int
 
 
+class Taken(NamedTuple):
+    """What one entry of the log came to."""
+
+    entry: Entry
+    before: State | None
+    state: State
+    commands: list[Command]
+    """What is to be done now."""
+
+
 class Book:
     """Fed with the log's entries in order; feeds them to the state machine."""
 
@@ -40,8 +50,8 @@ class Book:
         self._seq = 0
         self._waiting: set[tuple[int, asyncio.Event]] = set()
 
-    def take(self, entry: Entry) -> tuple[State, list[Command]] | None:
-        """The state after ``entry`` and what to do now; None when the entry belongs to no known migration."""
+    def take(self, entry: Entry) -> Taken | None:
+        """What ``entry`` came to; None when it belongs to no known migration."""
         event = entry.event
         try:
             taken = self._take(entry)
@@ -63,7 +73,7 @@ class Book:
             self._waiting.discard(waiting)
             waiting[1].set()
 
-    def _take(self, entry: Entry) -> tuple[State, list[Command]] | None:
+    def _take(self, entry: Entry) -> Taken | None:
         event = entry.event
         if event.id in self._broken:
             return None
@@ -76,7 +86,7 @@ class Book:
             self._note_placement(state)
         if state.outcome is not None and (before is None or before.outcome is None):
             self._note_end(state, event.at_ms)
-        return state, commands
+        return Taken(entry, before, state, commands)
 
     def _note_placement(self, state: State) -> None:
         request = state.request

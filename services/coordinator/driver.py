@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -12,7 +11,7 @@ from typing import Final
 import structlog
 
 from quicferry.bus.connection import Bus
-from quicferry.bus.log import Entry, EventLog
+from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
 from quicferry.migration.commands import (
     ArmServer,
@@ -30,7 +29,8 @@ from quicferry.protocol import subjects
 from quicferry.protocol.agents import Accepted, AgentRequest, ArmReply, ArmRequest
 from quicferry.protocol.api import Placement
 from quicferry.protocol.errors import FerryError
-from services.coordinator.book import Book, placement_of
+from services.coordinator.book import Book, Taken, placement_of
+from services.coordinator.follower import Follower
 
 log = structlog.get_logger()
 
@@ -48,6 +48,9 @@ _UNHEARD: Final = ("no_answer", "nats_unreachable")
 _PERSISTENT: Final = (Phase.RESUMING, Phase.ABORTING)
 """Here a call that nobody takes is repeated for as long as it is wanted: there is no other way out."""
 
+Permit = Callable[[], None]
+"""Raises FerryError ``not_leading`` when this coordinator may not act any more."""
+
 
 def now_ms() -> int:
     """Unix time in milliseconds."""
@@ -55,80 +58,60 @@ def now_ms() -> int:
 
 
 class Driver:
-    """Follows the log; ``ready`` is set when all of its past is known and what it still wants is under way."""
+    """Acts on what the follower reads, but only while :meth:`act` runs."""
 
-    def __init__(self, bus: Bus, event_log: EventLog, registry: Registry, book: Book) -> None:
-        self.ready = asyncio.Event()
+    def __init__(
+        self, bus: Bus, event_log: EventLog, registry: Registry, book: Book, follower: Follower, permit: Permit
+    ) -> None:
         self._bus = bus
         self._log = event_log
         self._registry = registry
         self._book = book
+        self._follower = follower
+        self._permit = permit
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._node_limits: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(CALLS_PER_NODE)
         )
         self._tasks: asyncio.TaskGroup
 
-    async def run(self) -> None:
-        """Replay in silence, give what is outstanding, then go live. Ends only by an error or by being cancelled."""
-        seq, entries = await self._log.last_seq(), 0
-        async for entry in self._log.replay():
-            self._book.take(entry)
-            seq, entries = max(seq, entry.seq), entries + 1
-        self._book.passed(seq)  # the last ones may be unreadable, or have left the log
-        unfinished = self._book.unfinished()
-        log.info("log_replayed", entries=entries, unfinished=[state.request.id for state in unfinished])
-        try:
-            async with asyncio.TaskGroup() as self._tasks:
-                for placement in self._book.placements().values():
-                    self._tasks.create_task(self._write("place", placement.migration or "", self._placing(placement)))
-                for state in unfinished:
-                    log.info("migration_taken_up", id=state.request.id, phase=state.phase.value)
-                    for command in outstanding(state):
-                        self._give(state, command)
-                self.ready.set()
-                follow = self._log.follow(from_seq=seq + 1, skipped=self._book.passed)
-                async with contextlib.aclosing(follow) as coming:
-                    async for entry in coming:
-                        self._take(entry)
-        finally:
-            for timer in self._timers.values():
-                timer.cancel()
+    async def act(self, acting: asyncio.Event) -> None:
+        """Take up what is unfinished and carry out what the log wants from then on, until cancelled.
 
-    def _take(self, entry: Entry) -> None:
-        before = self._book.state(entry.event.id)
-        taken = self._book.take(entry)
-        if taken is None:
-            return
-        state, commands = taken
-        self._tell(entry, before, state)
-        for command in commands:
-            self._give(state, command)
+        ``acting`` is set when all that was wanted is under way. ``permit`` is asked before anything is sent. Raises
+        the FerryErrors of ``Follower.caught_up``.
+        """
+        await self._follower.caught_up()  # what another one did before us is known, and not asked for again
+        async with asyncio.TaskGroup() as self._tasks:
+            try:
+                self._take_up()
+                self._follower.actor = self._take
+                acting.set()
+                await asyncio.Event().wait()
+            finally:  # before the group waits for its tasks: it takes no new ones then
+                self._follower.actor = None
+                for migration in tuple(self._timers):
+                    self._stop_timer(migration)
 
-    def _tell(self, entry: Entry, before: State | None, state: State) -> None:
-        request, lines = state.request, log.bind(id=entry.event.id)
-        lines.debug("log_entry", seq=entry.seq, kind=ev.kind(entry.event))
-        if before is None:
-            lines.info(
-                "migration_requested",
-                service=request.service,
-                source=f"{request.source.node}/{request.source.berth}",
-                target=f"{request.target.node}/{request.target.berth}",
-                epoch=request.epoch,
-            )
-        elif state.outcome is not None and before.outcome is None:
-            why = {"code": state.reason.code, "reason": state.reason.message} if state.reason else {}
-            lines.info(
-                "migration_ended",
-                outcome=state.outcome,
-                acks=len(state.acks),
-                clients=state.clients,
-                took_ms=entry.event.at_ms - request.at_ms,
-                **why,
-            )
-        elif state.phase is not before.phase:
-            why = {"code": state.reason.code, "reason": state.reason.message} if state.reason else {}
-            lines.info("migration_phase", phase=state.phase.value, **why)
+    def _take_up(self) -> None:
+        for placement in self._book.placements().values():
+            self._tasks.create_task(self._write("place", placement.migration or "", self._placing(placement)))
+        self._tasks.create_task(self._write("unlock", "", self._unlock_ended))
+        for state in self._book.unfinished():
+            log.info("migration_taken_up", id=state.request.id, phase=state.phase.value)
+            for command in outstanding(state):
+                self._give(state, command)
+
+    def _take(self, taken: Taken) -> None:
+        for command in taken.commands:
+            self._give(taken.state, command)
+
+    async def _unlock_ended(self) -> None:
+        """Locks of migrations that ended while their coordinator did: nobody was left to give them back."""
+        for lock in await self._registry.locks():
+            state = self._book.state(lock.id)
+            if state is not None and state.outcome is not None:
+                await self._registry.unlock(state.request.service, lock.id)
 
     def _wanted(self, migration: str, command: Command) -> bool:
         state = self._book.state(migration)
@@ -185,6 +168,7 @@ class Driver:
 
         async def call() -> None:
             async with self._node_limits[node]:
+                await self._permitted()
                 await self._bus.request(subject, message, Accepted, timeout=CALL_SECONDS)
 
         await self._insist(state, command, call, CALL_SECONDS)
@@ -201,6 +185,7 @@ class Driver:
         async def arm() -> None:
             subject = subjects.arm(request.service)
             seconds = DISARM_SECONDS if command.disarm else CALL_SECONDS
+            await self._permitted()
             reply = await self._bus.request(subject, message, ArmReply, timeout=seconds)
             event: ev.AnyEvent = ev.Disarmed(id=request.id, at_ms=now_ms())
             if not command.disarm:
@@ -209,6 +194,11 @@ class Driver:
 
         # A server that does not listen any more is past being told: do not wait for it.
         await self._insist(state, command, arm, 0.0 if command.disarm else CALL_SECONDS)
+
+    async def _permitted(self) -> None:
+        """Before a request. What is sent while NATS is away goes out when it is back, and then we may not lead."""
+        await self._bus.ready()
+        self._permit()
 
     async def _insist(
         self,
@@ -229,6 +219,9 @@ class Driver:
                 return
             except FerryError as failure:
                 error = _as_unarmed(failure, state) if isinstance(command, ArmServer) else failure
+            if error.code == "not_leading":
+                log.info("call_left", id=migration, to=command.name)  # to the one that leads now
+                return
             if not self._wanted(migration, command):
                 return
             unheard = error.code in (*_UNHEARD, "server_unarmed")
@@ -279,9 +272,13 @@ class Driver:
         wait = FIRST_WAIT
         for _ in range(WRITE_TRIES):
             try:
+                self._permit()
                 await write()
                 return
             except FerryError as error:
+                if error.code == "not_leading":
+                    log.info("write_left", id=migration, what=what)
+                    return
                 if error.code == "log_conflict" and command is not None:
                     # Another decision was first. Once it is read here, this one may be wanted still, or not.
                     log.debug("decided_elsewhere", id=migration, what=what)

@@ -33,8 +33,9 @@ from services.coordinator.driver import now_ms
 
 log = structlog.get_logger()
 
-REQUEST_MS: Final = 5_000
-"""A lock this old whose migration is not in the log belongs to a coordinator that died in between."""
+ORPHAN_SECONDS: Final = 0.5
+"""A lock whose migration is not in the log after so long belongs to a coordinator that died in between. Only the
+leader takes locks, one request after another: nobody else can be about to write this one's."""
 TRIES: Final = 20
 TRY_WAIT: Final = 0.05
 CAUGHT_UP_SECONDS: Final = 2.0
@@ -42,12 +43,15 @@ _PAST_RETURN: Final = (Phase.COMMITTING, Phase.RESUMING, Phase.SETTLING)
 
 
 class Intake:
-    """One method an endpoint."""
+    """One method an endpoint. ``leader`` is the name that the status tells."""
 
-    def __init__(self, event_log: EventLog, registry: Registry, book: Book) -> None:
+    def __init__(self, event_log: EventLog, registry: Registry, book: Book, leader: str) -> None:
         self._log = event_log
         self._registry = registry
         self._book = book
+        self._leader = leader
+        self._orphan = ("", 0.0)
+        """A lock's migration that is not in the log, and when it was first missed (this loop's time)."""
 
     async def migrate(self, request: MigrateRequest) -> MigrateReply:
         """Put the migration into the log, once for each id. Raises FerryError with one of a dozen codes."""
@@ -109,11 +113,11 @@ class Intake:
             return None
         state = self._book.state(holder.id) or await read_state(self._log, holder.id)
         if state is None:
-            if now_ms() - holder.at_ms > REQUEST_MS:
+            if self._orphaned(holder.id):
                 log.warning("lock_taken_over", id=migration, service=request.service, holder=holder.id)
                 await self._registry.unlock(request.service, holder.id)
             else:
-                await asyncio.sleep(TRY_WAIT)  # its request is being written this moment
+                await asyncio.sleep(TRY_WAIT)  # the last leader's request may be on its way still
             return None
         if state.outcome is not None:
             log.info("lock_taken_over", id=migration, service=request.service, holder=holder.id)
@@ -126,6 +130,12 @@ class Intake:
             f"{request.service!r} is being moved by {holder.id!r}.",
             hint=f"Wait for it (`quicferry status {holder.id}`) or cancel it.",
         )
+
+    def _orphaned(self, migration: str) -> bool:
+        now = asyncio.get_running_loop().time()
+        if self._orphan[0] != migration:
+            self._orphan = (migration, now)
+        return now - self._orphan[1] > ORPHAN_SECONDS
 
     async def cancel(self, request: CancelRequest) -> CancelReply:
         """Ask the log to turn back. Raises FerryError ``unknown_migration`` or ``too_late``."""
@@ -147,9 +157,9 @@ class Intake:
         """One migration, or the newest ones first. Raises FerryError ``unknown_migration``."""
         await self._caught_up()
         if request.id is not None:
-            return StatusReply(migrations=[status_of(await self._known(request.id))])
+            return StatusReply(migrations=[status_of(await self._known(request.id))], leader=self._leader)
         states = self._book.newest(request.limit, request.service)
-        return StatusReply(migrations=[status_of(state) for state in states])
+        return StatusReply(migrations=[status_of(state) for state in states], leader=self._leader)
 
     async def services(self, request: ServicesRequest) -> ServicesReply:
         """Where every service is, and every berth."""

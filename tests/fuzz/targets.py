@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from quicferry.bus.lead import Claim
 from quicferry.bus.registry import Lock
 from quicferry.cli import logfile
 from quicferry.host.images import Images
@@ -43,6 +44,7 @@ MESSAGES: Final = (
     agents.ArmReply,
     handover.Request,
     handover.Adopted,
+    Claim,
     Lock,
 )
 STANDARD_STREAM: Final = re.compile(r"pipe:\[[0-9]+\]")
@@ -159,6 +161,7 @@ SEEDS: Final[dict[str, list[bytes]]] = {
         b'{"op":"park","id":"m1"}',
         b'{"id":"\\ud800"}',
         b'{"id":"m1","at_ms":1764000000000}',
+        b'{"holder":"roadside-1-812-5f03aa","lease_ms":2500,"since_ms":1767225600000,"renewal":17}',
         b'{"error":{"code":"too_late","message":"It is.","hint":"Wait.","path":"$.id"}}',
         b'{"kind":"' + b"x" * 200_000 + b'"}',
         *_examples(),

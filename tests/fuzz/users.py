@@ -124,9 +124,8 @@ def followed(entries: list[logfile.Entry]) -> None:
     for entry in entries:
         taken = book.take(BusEntry(entry.seq, entry.event))
         if taken is not None:
-            state, commands = taken
-            wire.encode(StatusReply(migrations=[status_of(state)]))
-            for command in commands:
+            wire.encode(StatusReply(migrations=[status_of(taken.state)]))
+            for command in taken.commands:
                 assert describe.command(command)
     assert not book._broken, "the state machine failed"
     mine = [entry for entry in entries if entry.event.id == entries[0].event.id]

@@ -326,7 +326,7 @@ async def test_no_coordinator(command: Command) -> None:
     done = await command("services")
     assert done.code == Exit.ERROR
     assert "code: no_answer" in done.err
-    assert "Is the coordinator running?" in done.err
+    assert "Is a coordinator running?" in done.err
 
 
 async def test_flag_goes_before_context_goes_before_environment(command: Command, tmp_path: Path) -> None:

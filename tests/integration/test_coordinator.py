@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
 
 import pytest
+import structlog
+from msgspec.structs import replace
 
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
@@ -27,6 +30,8 @@ from quicferry.protocol.api import (
     StatusRequest,
 )
 from quicferry.protocol.errors import FerryError
+from services.coordinator.leadership import Leadership
+from services.coordinator.lease import LEASE, Tenure
 from tests.conftest import NatsServer
 from tests.integration.scripted import LIMIT, Behaviour, Node, berth, coordinating, now_ms
 from tests.integration.test_bus_endpoints import BAD_MESSAGES
@@ -274,17 +279,58 @@ async def test_the_same_id_twice_is_one_migration(
         assert await registry.lock_holder("other") is None
 
 
-async def test_two_coordinators_act_as_one(
-    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer
+async def no_lock_at_all(leadership: Leadership) -> None:
+    """In place of winning the lead."""
+
+
+async def never_over(leadership: Leadership) -> None:
+    """In place of renewing it."""
+    await asyncio.Event().wait()
+
+
+async def test_two_coordinators_that_both_act_are_one(
+    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The last line of defence, with the lock out of order: what the log has decided can't be decided again."""
+    monkeypatch.setattr(Leadership, "win", no_lock_at_all)
+    monkeypatch.setattr(Leadership, "keep", never_over)
+    monkeypatch.setattr(Tenure, "left", lambda tenure, now: LEASE)
     async with coordinating(nats_server, 2):
-        for _ in range(4):
-            reply = await migrate(bus)
+        for number in range(4):
+            reply = await migrate(bus, id=f"m{number}")  # both answer; without an id, one would refuse
             assert decisions(await ended(event_log, reply.id)) == HAPPY
             assert {count for key, count in node.done.items() if key[0] == reply.id and "server" not in key[1]} == {1}
+            assert max(count for key, count in node.calls.items() if key[0] == reply.id) > 1  # both did act
         node.behave["checkpoint.dump"] = "fail"
-        reply = await migrate(bus)
+        reply = await migrate(bus, id="back")
         assert decisions(await ended(event_log, reply.id)) == BACK
+
+
+async def test_a_lease_that_ran_out_unnoticed_stops_everything(
+    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the lease's end and whoever notices it, what the log wants is not asked for, and nobody is answered."""
+    monkeypatch.setattr(Leadership, "keep", never_over)
+    async with coordinating(nats_server):
+        first = await migrate(bus)
+        asked = (await ended(event_log, first.id))[0]
+        assert isinstance(asked, ev.Requested)
+        said: asyncio.Queue[str] = asyncio.Queue()
+
+        def hear(logger: object, level: str, line: MutableMapping[str, object]) -> MutableMapping[str, object]:
+            said.put_nowait(str(line["event"]))
+            raise structlog.DropEvent
+
+        structlog.configure(processors=[hear])
+        monkeypatch.setattr(Tenure, "left", lambda tenure, now: 0.0)
+        await event_log.decide(replace(asked, id="late", source=asked.target, target=asked.source), after=0)
+        await bus.nats.publish(subjects.MIGRATE, b'{"service":"echo","id":"later"}')
+        due = Counter({"call_left": 2, "request_passed_over": 1})
+        async with asyncio.timeout(LIMIT):
+            while due:
+                due -= Counter([await said.get()])
+        assert [key for key in node.calls if key[0] != first.id] == []
+        assert [entry.event.id for entry in await event_log.read("later")] == []
 
 
 async def test_a_plain_publish_is_enough(bus: Bus, event_log: EventLog, node: Node, coordinator: None) -> None:
@@ -325,6 +371,25 @@ async def test_a_lock_left_behind_is_taken_over(
     assert await registry.lock("echo", "m1")  # its coordinator died before it gave it back
     assert (await migrate(bus, id="m2")).id == "m2"
     await ended(event_log, "m2")
+
+
+async def test_a_lock_without_a_migration_is_taken_over(
+    bus: Bus, event_log: EventLog, registry: Registry, node: Node, coordinator: None
+) -> None:
+    assert await registry.lock("echo", "m1")  # its coordinator died before the request was in the log
+    assert (await migrate(bus, id="m2")).id == "m2"
+    await ended(event_log, "m2")
+
+
+async def test_a_lock_of_an_ended_migration_is_given_back_by_the_next_leader(
+    bus: Bus, event_log: EventLog, registry: Registry, node: Node, nats_server: NatsServer
+) -> None:
+    async with coordinating(nats_server):
+        await ended(event_log, (await migrate(bus, id="m1")).id)
+        await unlocked(registry)
+    assert await registry.lock("echo", "m1")  # as if it had been killed before it gave it back
+    async with coordinating(nats_server):
+        await unlocked(registry)
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,14 @@ async def serve(
     endpoints: Sequence[Endpoint],
     queue_group: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    answering: Callable[[], bool] | None = None,
 ) -> AsyncIterator[None]:
     """Answer ``endpoints`` as the NATS micro service ``name`` for as long as the context lasts.
 
     A FerryError becomes an ``ErrorReply`` with the micro error headers; anything else is logged and answered
     with ``internal``. A request without a reply subject is handled and not answered. Instances with the same
-    ``queue_group`` share the requests. Raises FerryError ``nats_denied`` if a subject may not be subscribed to.
+    ``queue_group`` share the requests. While ``answering`` says False, requests are passed over in silence: another
+    instance has them too. Raises FerryError ``nats_denied`` if a subject may not be subscribed to.
     """
     refused: dict[str, int] = {endpoint.subject: 0 for endpoint in endpoints}
 
@@ -74,7 +76,10 @@ async def serve(
     try:
         for endpoint in endpoints:
             await service.add_endpoint(
-                name=endpoint.name, subject=endpoint.subject, handler=_handler(endpoint, refused), metadata={}
+                name=endpoint.name,
+                subject=endpoint.subject,
+                handler=_handler(endpoint, refused, answering),
+                metadata={},
             )
         async with bus.within(5.0, "", f"starting the service {name}"):
             await bus.sync()
@@ -96,8 +101,11 @@ async def _stop(service: Service) -> None:
             await service.stop()
 
 
-def _handler(endpoint: Endpoint, refused: dict[str, int]) -> Handler:
+def _handler(endpoint: Endpoint, refused: dict[str, int], answering: Callable[[], bool] | None) -> Handler:
     async def handle(request: Request) -> None:
+        if answering is not None and not answering():
+            log.debug("request_passed_over", endpoint=endpoint.name)
+            return
         try:
             message = wire.decode(request.data, endpoint.request)
             async with asyncio.timeout(HANDLER_SECONDS):

@@ -42,13 +42,15 @@ class Entry(NamedTuple):
 class EventLog:
     """Made by :meth:`open`."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, permit: Callable[[], None] | None = None) -> None:
         self._bus = bus
+        self._permit = permit
 
     @classmethod
-    async def open(cls, bus: Bus) -> EventLog:
+    async def open(cls, bus: Bus, *, permit: Callable[[], None] | None = None) -> EventLog:
         """Find the stream or make it; waits while JetStream comes up behind the connection.
 
+        ``permit`` is called right before anything is sent to be written, and raises if that may not be any more.
         Raises FerryError ``nats_unreachable`` or ``nats_denied``.
         """
         await ensure_stream(
@@ -67,7 +69,7 @@ class EventLog:
                 allow_direct=True,
             ),
         )
-        return cls(bus)
+        return cls(bus, permit)
 
     async def append(self, event: AnyEvent) -> int:
         """Write what was seen; returns its sequence number. The same event twice is one entry.
@@ -146,6 +148,8 @@ class EventLog:
             try:
                 async with self._bus.within(PUBLISH_SECONDS, subject, f"writing {ev.kind(event)} to the log"):
                     await self._bus.ready()
+                    if self._permit is not None:
+                        self._permit()
                     return await self._bus.js.publish(
                         subject,
                         body,

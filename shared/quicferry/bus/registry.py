@@ -121,6 +121,10 @@ class Registry:
         """Who has the service's lock."""
         return (await self._lock(service))[0]
 
+    async def locks(self) -> list[Lock]:
+        """Every lock that is held."""
+        return await self._all(subjects.LOCK_BUCKET, Lock)
+
     async def unlock(self, service: str, migration: str) -> None:
         """Give the lock back, if ``migration`` has it."""
         holder, revision = await self._lock(service)

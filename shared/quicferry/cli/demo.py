@@ -18,6 +18,7 @@ import msgspec
 
 from quicferry.cli import arguments, client, describe, lifecycle, project, session
 from quicferry.cli.exits import Exit
+from quicferry.cli.migrate import make_id
 from quicferry.cli.output import Cell, Output
 from quicferry.migration.report import Report, report
 from quicferry.protocol import events as ev
@@ -160,7 +161,8 @@ async def _answered(address: Address, cafile: str) -> None:
 async def _move(bus: Bus, service: str) -> Report:
     from quicferry.bus.log import EventLog
 
-    reply = await session.ask(bus, subjects.MIGRATE, MigrateRequest(service=service), MigrateReply)
+    request = MigrateRequest(service=service, id=make_id(service))
+    reply = await session.ask(bus, subjects.MIGRATE, request, MigrateReply)
     log = await EventLog.open(bus)
     seen: list[ev.AnyEvent] = []
     async with asyncio.timeout(MOVE_SECONDS):

@@ -133,7 +133,7 @@ class Move:
         try:
             return await session.ask(bus, subjects.MIGRATE, request, MigrateReply)
         except FerryError as error:
-            self.id = request.id if error.code in ("no_answer", "nats_unreachable") else None
+            self.id = request.id if error.code in ("no_answer", "not_leading", "nats_unreachable") else None
             raise
 
     def _detached(self, reply: MigrateReply) -> None:

@@ -38,6 +38,8 @@ def run_status(args: argparse.Namespace, out: Output) -> int:
         return Exit.DONE
     now_ms = time.time_ns() // 1_000_000
     show_status(out, reply.migrations, now_ms)
+    if reply.leader and not args.id:
+        out.line(Cell(f"coordinator: {reply.leader}", "dim"))
     if args.id:
         for status in reply.migrations:
             if status.reason:

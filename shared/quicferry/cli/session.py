@@ -18,8 +18,14 @@ from quicferry.protocol.errors import FerryError
 if TYPE_CHECKING:
     from quicferry.bus.connection import Bus
 
-ANSWER_SECONDS: Final = 5.0
-"""How long the coordinator may take to answer a request."""
+ANSWER_SECONDS: Final = 6.0
+"""How long an answer may take, all tries together: enough for a coordinator that was killed to be started again and
+for its lease to run out, or for another one to take over."""
+TRY_SECONDS: Final = 2.5
+"""A request unanswered for so long may have been a dead coordinator's, and is sent again."""
+TRY_WAIT: Final = 0.2
+ARM_SECONDS: Final = 5.0
+"""How long a server wrapper may take to answer."""
 READ_SECONDS: Final = 30.0
 """How long reading one migration's whole log may take."""
 
@@ -43,13 +49,25 @@ async def connected(args: argparse.Namespace) -> AsyncIterator[Bus]:
 
 
 async def ask(bus: Bus, subject: str, request: msgspec.Struct, reply: type[R]) -> R:
-    """Ask the coordinator. Raises the FerryError that it answers, or ``no_answer`` with what to look at."""
-    try:
-        return await bus.request(subject, request, reply, timeout=ANSWER_SECONDS)
-    except FerryError as error:
-        if error.code == "no_answer" and not error.hint:
-            error.hint = "Is the coordinator running? `quicferry up` starts it, `quicferry doctor` looks around."
-        raise
+    """Ask the coordinator that leads. Raises the FerryError that it answers, or ``no_answer`` with what to look at.
+
+    Asked again while none leads, so ``request`` must do no harm twice: a MigrateRequest has its id.
+    """
+    import asyncio
+
+    now = asyncio.get_running_loop().time
+    end = now() + ANSWER_SECONDS
+    while True:
+        try:
+            return await bus.request(subject, request, reply, timeout=min(TRY_SECONDS, end - now()))
+        except FerryError as error:
+            if error.code not in ("no_answer", "not_leading") or now() + TRY_WAIT >= end:
+                if error.code == "no_answer" and not error.hint:
+                    error.hint = (
+                        "Is a coordinator running? `quicferry up` starts it, `quicferry doctor` looks around."
+                    )
+                raise
+        await asyncio.sleep(TRY_WAIT)
 
 
 async def services(bus: Bus) -> ServicesReply:
@@ -80,7 +98,7 @@ async def heralds(bus: Bus, service: str) -> bool:
     """Whether the service's wrapper answers: the server serves, and a move could begin. Changes nothing."""
     nothing = ArmRequest(id="are-you-there", epoch=0)  # calls off a move that nobody armed
     try:
-        await bus.request(subjects.arm(service), nothing, ArmReply, timeout=ANSWER_SECONDS)
+        await bus.request(subjects.arm(service), nothing, ArmReply, timeout=ARM_SECONDS)
     except FerryError as error:
         if error.code != "no_answer":
             raise

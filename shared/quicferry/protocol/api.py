@@ -97,8 +97,10 @@ class MigrationStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     reason: ErrorBody | None = None
 
 
-class StatusReply(msgspec.Struct, frozen=True, kw_only=True):
+class StatusReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     migrations: list[MigrationStatus]
+    leader: str | None = None
+    """The coordinator that leads, and answers: its host's name, its process id there, and a token."""
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -36,6 +36,7 @@ CODES: Final[dict[str, str]] = {
     "no_answer": "Nobody answered a request.",
     "connect_failed": "A QUIC connection could not be made.",
     "bad_settings": "A setting can't be used as it is.",
+    "not_leading": "The coordinator that was asked does not lead any more.",
     "log_conflict": "Another coordinator wrote this decision first.",
     "replay_differs": "The log holds decisions that the state machine would not take.",
     "log_unreadable": "A log is incomplete or not one of ours.",

@@ -16,6 +16,8 @@ LOG_ALL: Final = "quicferry.log.>"
 PLACEMENT_BUCKET: Final = "quicferry_placement"
 BERTH_BUCKET: Final = "quicferry_berths"
 LOCK_BUCKET: Final = "quicferry_locks"
+LEAD_BUCKET: Final = "quicferry_lead"
+LEAD_KEY: Final = "coordinator"
 
 CHECKPOINT_VERBS: Final = ("prepare", "pre_dump", "dump", "release", "abort")
 RESTORE_VERBS: Final = ("prepare", "restore", "resume", "abort")

@@ -1,0 +1,229 @@
+"""Two coordinators, each a process of its own: one acts, the other takes over, whatever happens to the first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from quicferry.bus.connection import Bus
+from quicferry.bus.lead import Claim, LeadLock
+from quicferry.bus.log import EventLog
+from quicferry.bus.registry import Registry
+from quicferry.cli.session import ask
+from quicferry.migration.replay import replay
+from quicferry.protocol import events as ev
+from quicferry.protocol import subjects
+from quicferry.protocol.api import MigrateReply, MigrateRequest, StatusReply, StatusRequest
+from quicferry.protocol.errors import FerryError
+from tests.conftest import NatsServer
+from tests.integration.scripted import LIMIT, Node
+from tests.integration.test_cli import Command
+from tests.integration.test_coordinator import BACK, HAPPY, decisions, ended, migrate, seen, unlocked
+from tests.integration.test_coordinator_process import Process, process
+
+
+@pytest_asyncio.fixture
+async def pair(nats_server: NatsServer, node: Node) -> AsyncIterator[tuple[Process, Process]]:
+    """The one that leads, and the one that stands by."""
+    del node  # first, so that berths are there
+    async with (
+        process(nats_server, QUICFERRY_LOG_LEVEL="debug") as first,
+        process(nats_server, says="standing_by", QUICFERRY_LOG_LEVEL="debug") as second,
+    ):
+        yield first, second
+
+
+async def name(coordinator: Process, event: str = "leading") -> str:
+    found = re.search(r"name=(\S+)", await coordinator.says(event))
+    assert found
+    return found[1]
+
+
+async def leader(bus: Bus) -> str | None:
+    return (await bus.request(subjects.STATUS, StatusRequest(), StatusReply, timeout=5)).leader
+
+
+async def move(bus: Bus, event_log: EventLog) -> str:
+    """A whole move; its id."""
+    reply = await migrate(bus)
+    assert decisions(await ended(event_log, reply.id)) == HAPPY
+    return reply.id
+
+
+async def move_when_led(bus: Bus, event_log: EventLog) -> str:
+    """The same, asked for until somebody leads."""
+    reply = await ask(bus, subjects.MIGRATE, MigrateRequest(service="echo", id="led"), MigrateReply)
+    assert decisions(await ended(event_log, reply.id)) == HAPPY
+    return reply.id
+
+
+def calls(node: Node, migration: str) -> set[int]:
+    """How often each step was asked for."""
+    return {count for key, count in node.calls.items() if key[0] == migration}
+
+
+async def test_one_acts(bus: Bus, event_log: EventLog, node: Node, pair: tuple[Process, Process]) -> None:
+    first, second = pair
+    for _ in range(3):
+        assert calls(node, await move(bus, event_log)) == {1}
+    assert await leader(bus) == await name(first)
+    assert f"leader={await name(first)}" in await second.says("standing_by")
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "checkpoint.prepare",
+        "server.arm",
+        "checkpoint.dump",
+        "restore.restore",
+        "restore.resume",
+        "checkpoint.release",
+    ],
+)
+async def test_the_leader_is_killed_in_a_move(
+    bus: Bus, event_log: EventLog, registry: Registry, node: Node, pair: tuple[Process, Process], step: str
+) -> None:
+    first, second = pair
+    node.before[step] = first.kill
+    reply = await migrate(bus)
+    history = await ended(event_log, reply.id)
+    assert decisions(history) == HAPPY
+    assert [step.differs for step in replay(history) if step.differs] == []
+    await second.says("lead_expired")
+    await unlocked(registry)
+    assert {count for key, count in node.done.items() if key[1] != "server.arm"} == {1}
+    assert calls(node, await move(bus, event_log)) == {1}
+    assert await leader(bus) == await name(second)
+
+
+async def test_the_leader_is_killed_on_the_way_back(
+    bus: Bus, event_log: EventLog, node: Node, pair: tuple[Process, Process]
+) -> None:
+    node.behave["restore.restore"] = "fail"
+    node.before["checkpoint.abort"] = pair[0].kill
+    reply = await migrate(bus)
+    assert decisions(await ended(event_log, reply.id)) == BACK
+
+
+async def test_the_leader_is_stopped_and_the_standby_leads_at_once(
+    bus: Bus, event_log: EventLog, node: Node, pair: tuple[Process, Process]
+) -> None:
+    first, second = pair
+    node.behave["checkpoint.dump"] = "silent"
+    reply = await migrate(bus)
+    await seen(event_log, reply.id, lambda event: isinstance(event, ev.Armed))
+    assert await first.stop() == 0
+    await first.says("lead_given_up")
+    node.recover()
+    assert decisions(await ended(event_log, reply.id)) == HAPPY
+    await second.says("ready")
+    assert not [line for line in second.lines if "lead_expired" in line]  # it did not wait for the lease to run out
+
+
+@pytest.mark.parametrize("step", ["server.arm", "checkpoint.dump", "restore.restore", "restore.resume"])
+async def test_a_leader_that_was_asleep_does_not_act(
+    bus: Bus, event_log: EventLog, node: Node, pair: tuple[Process, Process], step: str
+) -> None:
+    """It wakes with entries, requests and timers waiting for it, all of them the new leader's by now."""
+    first, second = pair
+
+    async def sleep() -> None:
+        first.pause()
+
+    node.before[step] = sleep
+    reply = await migrate(bus)
+    assert decisions(await ended(event_log, reply.id)) == HAPPY
+    await second.says("ready")
+    # Both get these two requests; one is asleep.
+    assert calls(node, await move(bus, event_log)) == {1}
+    assert await leader(bus) == await name(second)
+    calls_before, log_before = node.calls.copy(), await event_log.last_seq()
+    first.resume()
+    await first.says("request_passed_over")
+    assert f"leader={await name(second)}" in await first.says("standing_by")
+    assert node.calls == calls_before
+    assert await event_log.last_seq() == log_before
+    assert calls(node, await move(bus, event_log)) == {1}
+    assert await leader(bus) == await name(second)
+
+
+async def test_who_was_asleep_takes_over_again(
+    bus: Bus, event_log: EventLog, node: Node, pair: tuple[Process, Process]
+) -> None:
+    first, second = pair
+    first.pause()
+    await second.says("ready")
+    first.resume()
+    await first.says("standing_by")
+    node.before["restore.restore"] = second.kill
+    await move(bus, event_log)
+    await first.says("lead_expired")
+    assert await leader(bus) == await name(first)
+
+
+async def test_nats_is_restarted_under_both(
+    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer, pair: tuple[Process, Process]
+) -> None:
+    for step in ("checkpoint.dump", "restore.resume"):
+        node.before[step] = nats_server.restart
+        reply = await migrate(bus)
+        history = await ended(event_log, reply.id)
+        assert decisions(history)[-1] in ("decision.completed", "decision.rolled_back")
+        assert [step.differs for step in replay(history) if step.differs] == []
+    assert calls(node, await move_when_led(bus, event_log)) == {1}
+    assert [coordinator.status for coordinator in pair] == [None, None]
+
+
+async def test_nats_is_away_for_longer_than_a_lease(
+    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer, pair: tuple[Process, Process]
+) -> None:
+    first, second = pair
+    node.behave["checkpoint.dump"] = "silent"
+    reply = await migrate(bus)
+    await seen(event_log, reply.id, lambda event: isinstance(event, ev.Armed))
+    nats_server.stop()
+    await first.says("lead_lapsed")
+    node.behave.clear()
+    await nats_server.start()
+    assert decisions(await ended(event_log, reply.id)) == HAPPY
+    assert calls(node, await move_when_led(bus, event_log)) == {1}
+    assert await leader(bus) in (await name(first), await name(second, "standing_by"))
+    assert (first.status, second.status) == (None, None)
+
+
+async def test_a_stranger_takes_the_record(
+    bus: Bus, event_log: EventLog, node: Node, pair: tuple[Process, Process]
+) -> None:
+    """The lead is over; once the stranger's lease has run out, one of the two leads again."""
+    lock = await LeadLock.open(bus)
+    stranger = Claim(holder="stranger", lease_ms=1)
+    async with asyncio.timeout(LIMIT):
+        while True:
+            with contextlib.suppress(FerryError):  # renewed in between
+                await lock.write(stranger, (await lock.read()).revision)
+                break
+    await pair[0].says("lead_taken")
+    assert calls(node, await move_when_led(bus, event_log)) == {1}
+    assert [coordinator.status for coordinator in pair] == [None, None]
+
+
+async def test_a_move_asked_for_while_none_leads(
+    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """The command asks until somebody does."""
+    async with process(nats_server) as first:
+        await first.kill()
+    command = Command(nats_server.url, tmp_path)
+    asking = asyncio.ensure_future(command("migrate", "echo", "--id", "m1", "--json"))
+    async with process(nats_server):
+        done = await asking
+    assert done.code == 0, done
+    assert done.result["outcome"] == "completed"
+    assert decisions([entry.event for entry in await event_log.read("m1")]) == HAPPY
