@@ -31,16 +31,17 @@ def nats_server_binary() -> str | None:
 class NatsServer:
     """A nats-server of our own, with JetStream in ``folder``; it keeps its port and store over restarts."""
 
-    def __init__(self, folder: Path, config: str = "") -> None:
+    def __init__(self, folder: Path, config: str = "", *, host: str = "127.0.0.1", port: int = -1) -> None:
         self.folder = folder
-        self.port = -1
+        self.host = host
+        self.port = port
         self._process: subprocess.Popen[bytes] | None = None
         self._config = folder / "nats.conf"
         self._config.write_text(config)
 
     @property
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
+        return f"nats://{self.host}:{self.port}"
 
     async def start(self) -> None:
         binary = nats_server_binary()
@@ -61,7 +62,7 @@ class NatsServer:
             return subprocess.Popen(
                 [
                     binary,
-                    *("-c", str(self._config), "-a", "127.0.0.1", "-p", str(self.port), "-m", "-1", "-js"),
+                    *("-c", str(self._config), "-a", self.host, "-p", str(self.port), "-m", "-1", "-js"),
                     *("-sd", str(self.folder / "store"), "--ports_file_dir", str(self.folder)),
                 ],
                 stdout=subprocess.DEVNULL,

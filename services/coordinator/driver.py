@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 
+from quicferry import faults
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
@@ -169,6 +170,8 @@ class Driver:
         async def call() -> None:
             async with self._node_limits[node]:
                 await self._permitted()
+                if await faults.at(f"coordinator.{command.name}") == "twice":
+                    await self._bus.request(subject, message, Accepted, timeout=CALL_SECONDS)
                 await self._bus.request(subject, message, Accepted, timeout=CALL_SECONDS)
 
         await self._insist(state, command, call, CALL_SECONDS)
@@ -186,7 +189,10 @@ class Driver:
             subject = subjects.arm(request.service)
             seconds = DISARM_SECONDS if command.disarm else CALL_SECONDS
             await self._permitted()
+            if await faults.at(f"coordinator.{command.name}") == "twice":
+                await self._bus.request(subject, message, ArmReply, timeout=seconds)
             reply = await self._bus.request(subject, message, ArmReply, timeout=seconds)
+            await faults.at(f"coordinator.{command.name}.answered")
             event: ev.AnyEvent = ev.Disarmed(id=request.id, at_ms=now_ms())
             if not command.disarm:
                 event = ev.Armed(id=request.id, at_ms=now_ms(), clients=reply.clients)
@@ -244,6 +250,7 @@ class Driver:
             # Both of one moment: what is still wanted follows from the decisions up to that one.
             if self._wanted(decision.id, command):
                 await self._log.decide(decision, after=self._book.last_decision(decision.id))
+                await faults.at(f"coordinator.decided.{command.decision}")
 
         await self._write(ev.kind(decision), decision.id, decide, command)
 
@@ -272,6 +279,7 @@ class Driver:
         wait = FIRST_WAIT
         for _ in range(WRITE_TRIES):
             try:
+                await faults.at(f"coordinator.write.{what}")
                 self._permit()
                 await write()
                 return

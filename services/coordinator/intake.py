@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 
+from quicferry import faults
 from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
 from quicferry.migration.machine import Phase, State
@@ -73,7 +74,9 @@ class Intake:
     async def _locked(self, request: MigrateRequest, migration: str) -> MigrateReply:
         try:
             requested = await self._choose(request, migration)
+            await faults.at("coordinator.locked")
             await self._log.decide(requested, after=0)
+            await faults.at("coordinator.requested")
         except FerryError as error:
             state = await read_state(self._log, migration)
             # The same id may have been asked for a moment ago; then this lock is its own, for as long as it runs.

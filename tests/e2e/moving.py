@@ -98,31 +98,45 @@ class Pinger:
         self._interval = interval
         self._news = asyncio.Condition()
         self._stop = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
+        """While the block runs; after it every echo must have come, on one session."""
+        async with self.going():
+            yield
+            self._stop.set()
+            await self.reaches(self.sent)
+            assert self.connection.handshakes == 1
+
+    @contextlib.asynccontextmanager
+    async def going(self) -> AsyncIterator[None]:
+        """While the block runs, and no longer; :meth:`check` tells whether it still does."""
         reader, writer = await self.connection.open_stream()
-        sending = asyncio.create_task(self._send(writer))
-        reading = asyncio.create_task(self._read(reader))
+        self._tasks = [asyncio.create_task(self._send(writer)), asyncio.create_task(self._read(reader))]
         try:
             await self.echoes(5)
             yield
-            self._stop.set()
-            await sending
-            async with asyncio.timeout(PATIENCE), self._news:
-                await self._news.wait_for(lambda: self.echoed == self.sent or reading.done())
-            assert self.echoed == self.sent, f"{self.sent - self.echoed} of {self.sent} echoes lost"
-            assert self.connection.handshakes == 1
         finally:
-            sending.cancel()
-            reading.cancel()
-            await asyncio.gather(sending, reading, return_exceptions=True)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def check(self) -> None:
+        """Fails if the stream ended, or an echo was not the next one."""
+        for task in self._tasks:
+            if task.done() and not self._stop.is_set():
+                raise AssertionError(f"the session ended: {task.exception() or 'the stream was closed'!r}")
 
     async def echoes(self, more: int) -> None:
         """Until so many more echoes have come."""
-        wanted = self.echoed + more
+        await self.reaches(self.echoed + more)
+
+    async def reaches(self, number: int) -> None:
+        """Until the echo of line ``number`` has come."""
         async with asyncio.timeout(PATIENCE), self._news:
-            await self._news.wait_for(lambda: self.echoed >= wanted)
+            await self._news.wait_for(lambda: self.echoed >= number or self._tasks[1].done())
+        assert self.echoed >= number, f"{number - self.echoed} of {self.sent} echoes lost"
 
     async def _send(self, writer: asyncio.StreamWriter) -> None:
         while not self._stop.is_set():

@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 import structlog
 
+from quicferry import faults
 from quicferry.bus.connection import Bus
 from quicferry.bus.endpoints import Endpoint, serve
 from quicferry.bus.log import EventLog
@@ -150,6 +151,7 @@ class Agent:
                 await self._cancel(before)
             else:
                 await asyncio.gather(*(other.task for other in before if other.task), return_exceptions=True)
+            await faults.at(f"{self._role}.{verb}")
             async with contextlib.aclosing(self._steps[verb](request)) as happened:
                 async for event in happened:
                     await self._keep(run, event)
@@ -190,7 +192,8 @@ class Agent:
         while True:
             event = await self._unpublished.get()
             try:
-                await event_log.append(event)
+                if await faults.at(f"say.{kind(event)}") != "lost":
+                    await event_log.append(event)
             except FerryError as error:
                 # Not kept for ever: the coordinator repeats the request, and the repeat publishes again.
                 log.error("event_unpublished", id=event.id, kind=kind(event), error=str(error))

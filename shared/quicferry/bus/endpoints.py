@@ -15,7 +15,7 @@ from nats.micro import add_service
 from nats.micro.request import Handler, Request
 from nats.micro.service import EndpointStats, Service, ServiceConfig
 
-from quicferry import lean
+from quicferry import faults, lean
 from quicferry.bus.connection import Bus
 from quicferry.protocol import wire
 from quicferry.protocol.api import ErrorReply
@@ -107,9 +107,12 @@ def _handler(endpoint: Endpoint, refused: dict[str, int], answering: Callable[[]
             log.debug("request_passed_over", endpoint=endpoint.name)
             return
         try:
+            await faults.at(f"asked.{endpoint.subject}")
             message = wire.decode(request.data, endpoint.request)
             async with asyncio.timeout(HANDLER_SECONDS):
                 answer = await endpoint.handler(message)
+            if await faults.at(f"answer.{endpoint.subject}") == "lost":
+                return
             await _respond(request, wire.encode(answer))
         except FerryError as error:
             refused[endpoint.subject] += 1

@@ -11,6 +11,7 @@ from typing import Final
 
 import structlog
 
+from quicferry import faults
 from quicferry.host import criu_stats, processes
 from quicferry.host.berths import BerthFacts
 from quicferry.host.criu import CriuSession, outlive
@@ -114,10 +115,12 @@ class Source:
         self._pipes = processes.outer_pipes(server.pid)
         heap = self._heap.key if self._heap is not None else ""
         self._images.write_manifest(Manifest(pipes=self._pipes, boot_id=boot_id(), heap=heap))
+        await faults.at("source.dump_asked")
         start = time.monotonic()
         self._told = True
         if not server.signal(signal.SIGTERM):
             raise FerryError("server_gone", "The server has exited.")
+        await faults.at("source.told")
         parked = asyncio.create_task(dock.wait_parked())
         gone = asyncio.create_task(server.exited(limit))
         try:
@@ -125,6 +128,7 @@ class Source:
             if dock.parked:
                 # At once: the clients' pause has begun.
                 self._held_at = time.monotonic()
+                faults.strike("source.parked")
                 self._dump = asyncio.create_task(self._dump_images(criu), name=f"dump {self._request.id}")
         finally:
             for task in (parked, gone):
@@ -187,6 +191,7 @@ class Source:
         """
         try:
             await self._thaw()
+            await faults.at("source.thawed")
             await self._give_back()
         finally:
             await self.close()
@@ -227,6 +232,7 @@ class Source:
     async def _dump_images(self, criu: CriuSession) -> None:
         """Freeze and dump, and tell a target that waits for the images."""
         await criu.dump(timeout=self._phase)
+        await faults.at("source.frozen")
         self._dumped_at = time.monotonic()
         self._images.tell_complete()
 
@@ -317,6 +323,7 @@ class Source:
                 epoch=max(0, self._request.epoch - 1),
             )
         )
+        await faults.at("source.giving_back")
         self._server.signal(signal.SIGUSR2)
         try:
             async with asyncio.timeout(ADOPT_TIMEOUT):

@@ -12,6 +12,7 @@ from typing import Final
 
 import structlog
 
+from quicferry import faults
 from quicferry.host import criu_stats, processes, thread_ids
 from quicferry.host.berths import BerthFacts
 from quicferry.host.criu import CriuSession, outlive
@@ -76,6 +77,7 @@ class Target:
         self._images.create()
         self._complete = self._images.listen_for_complete()
         self._dock = self._dock or self._open_dock(berth)
+        await faults.at("target.bound")
         await self._find_source()
         taken = thread_ids.of(self._source.pid) if self._source is not None else []
         await thread_ids.continue_at(berth.init_pid, thread_ids.free_range(self._request.epoch, taken))
@@ -133,8 +135,10 @@ class Target:
                 )
             inherited[manifest.heap] = self._criu.stream(len(OUTPUTS))
         self._images.mark(RESTORE_BEGUN)
+        await faults.at("target.restoring")
         self._server = await self._criu.restore(inherited, timeout=self._phase)
         done = time.monotonic()
+        await faults.at("target.restored")
         self._dock.expect(self._server.pid)
         return events.Restored(id=self._request.id, at_ms=now_ms(), took_ms=ms(done - start))
 
@@ -149,6 +153,7 @@ class Target:
             return
         try:
             await self._last_stage(self._criu, self._server)
+            await faults.at("target.standing_by")
         except FerryError:
             await self._criu.kill_restored()
             self._criu = None
@@ -195,6 +200,7 @@ class Target:
                 epoch=self._request.epoch,
             )
         )
+        await faults.at("target.resuming")
         queued = dock.queued_bytes
         server.hurry()
         # Before it runs: held, it blocks the signal and finds it waiting, a round trip to CRIU sooner.
@@ -209,6 +215,7 @@ class Target:
             raise FerryError(
                 "hold_refused", f"The restored server did not take its socket within {ADOPT_TIMEOUT:g} s."
             ) from None
+        await faults.at("target.adopted")
         took = time.monotonic() - start
         stats = criu_stats.read_restore(self._criu.work_fd) if self._criu is not None else None
         return events.Resumed(

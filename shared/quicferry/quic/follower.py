@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import structlog
 
+from quicferry import faults
 from quicferry.protocol import control
 from quicferry.protocol.control import (
     Ack,
@@ -151,8 +152,10 @@ class Follower:
 
     def _swap(self, message: Migrate, target: Peer) -> None:
         migration = Migration(message.id, message.address, message.epoch)
+        faults.strike("client.told")
         # The ack leaves before the swap: the old path is known to work.
         self._tell(Ack(id=message.id))
+        faults.strike("client.acked")
         self.seam.begin(target)
         if self._pending is not None:
             self._finish(self._pending, "replaced")
@@ -185,6 +188,7 @@ class Follower:
         if migration is None:
             return
         seam = self.seam
+        faults.strike("client.heard")
         now, now_unix = time.monotonic(), time.time()
         migration.last_before, migration.first_after = seam.heard_at_unix, now_unix
         migration.interruption_ms = (now - seam.heard_at) * 1000

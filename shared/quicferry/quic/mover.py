@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 
 import structlog
 
+from quicferry import faults
 from quicferry.protocol import events
 from quicferry.protocol.agents import ArmRequest
 from quicferry.protocol.api import Address, Options
@@ -209,8 +210,10 @@ class Mover:
     async def _run(self, move: Move) -> None:
         try:
             await self._broadcast(move)
+            await faults.at("server.told")
             await self._hear_newcomers()
             await asyncio.gather(move.all_acked(), move.all_ready(), self._quiesce(move))
+            await faults.at("server.quiesced")
             closed = self._close_those_left_behind(move)
             log.info("quiesced", id=move.id, acks=len(move.acked), clients=len(move.names), closed=closed)
             self._outbox.put(
@@ -225,6 +228,7 @@ class Mover:
             )
             await self._outbox.suspend(flush=FLUSH_TIME, close=CLOSE_TIME)
             self._close_those_left_behind(move)
+            await faults.at("server.holding")
             move.held = True
             back = hold.hold(self._server.udp, move.id)
         except FerryError as error:
@@ -235,6 +239,7 @@ class Mover:
             await self._resumed(move, "rolled_back")
             self._end(move)
             return
+        faults.strike("server.adopted")
         # Serving again; the clients' queued datagrams are read already.
         if back.adopted.outcome == "rolled_back":
             self._tell_rollback(move)

@@ -1,0 +1,373 @@
+"""Walks through the matrix in one world: of each case one migration with the fault, the checks, and one without."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+import quicferry
+from quicferry import faults
+from quicferry.protocol import events as ev
+from quicferry.protocol.api import MigrateRequest
+from quicferry.protocol.errors import FerryError
+from tests.e2e.berths import PORT, PROJECT
+from tests.e2e.moving import Pinger
+from tests.faults import deeds
+from tests.faults.checks import log_is_sound, outcome, tidy
+from tests.faults.matrix import FAILS_AT, Case
+from tests.faults.world import LOOK, OPTIONS, PATIENCE, World, state_of
+
+SERVICE: Final = "echo"
+STANDS_STILL: Final = 2.6
+"""Seconds that a stopped process stays stopped: longer than a phase's limit, and than the coordinator's lease."""
+REACHED_SECONDS: Final = 20.0
+ECHO_SECONDS: Final = 20.0
+ENDS_THE_SERVER: Final = ("server killed for memory", "target killed for memory")
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One case's result."""
+
+    point: str
+    fault: str
+    outcome: str
+    """``completed``, ``rolled_back: CODE``, ``failed: CODE``, or what became of it instead."""
+    held: bool
+    """Whether all that must hold did."""
+    why: str
+    """What did not; otherwise what else was seen."""
+    seconds: float
+
+
+class Walk:
+    """One client's session through all cases; it is dialled again only when a fault killed the server itself."""
+
+    def __init__(self, world: World, stack: contextlib.AsyncExitStack) -> None:
+        self._world = world
+        self._stack = stack
+        self._client: Pinger | None = None
+        self._session = contextlib.AsyncExitStack()
+        self._number = 0
+        self.sessions = 0
+
+    async def client(self) -> Pinger:
+        """The pinging client; dialled if there is none."""
+        if self._client is None:
+            placement = await self._world.serves(SERVICE)
+            address = placement.place.address
+            dial = quicferry.connect(
+                address.host,
+                address.port,
+                cafile=str(self._world.tls / "cert.pem"),
+                server_name="localhost",
+                name=f"walker-{self.sessions}",
+            )
+            connection = await self._session.enter_async_context(dial)
+            self._client = Pinger(connection, 0.01)
+            await self._session.enter_async_context(self._client.going())
+            self.sessions += 1
+        return self._client
+
+    async def close(self) -> None:
+        """Leave; a session that its server did not survive is given up without a word."""
+        self._client = None
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(5):
+                await self._session.aclose()
+        self._session = contextlib.AsyncExitStack()
+
+    async def case(self, case: Case) -> Row:
+        """One migration with the fault in it, then one without."""
+        start = time.monotonic()
+        result, wrong, seen = "", list[str](), list[str]()
+        try:
+            await self.client()
+            async with self._driver(case) as car:
+                result, wrong, seen = await self._with_fault(case, car)
+        except (TimeoutError, FerryError, AssertionError, OSError) as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+        try:
+            await self._repair()
+            wrong += await self._clean_move()
+        except (TimeoutError, FerryError, AssertionError, OSError) as error:
+            wrong.append(f"the next migration: {type(error).__name__}: {error}")
+            await self._begin_anew()
+        return Row(
+            point=case.shown,
+            fault=case.fault,
+            outcome=result or "none",
+            held=not wrong,
+            why="; ".join(wrong or seen),
+            seconds=round(time.monotonic() - start, 1),
+        )
+
+    async def _with_fault(
+        self, case: Case, car: asyncio.subprocess.Process | None
+    ) -> tuple[str, list[str], list[str]]:
+        world = self._world
+        home = world.home(SERVICE)
+        before = (await world.serves(SERVICE)).epoch
+        self._number += 1
+        migration = f"case-{self._number}-{os.getpid()}"
+        starts = {name: program.starts for name, program in world.programs.items()}
+        folder = self._folder(case, home)
+        strikes = {"kill": "kill", "exit": "exit", "stop": "stop", "hang": "hang", "error": "error"}
+        (folder / case.point).write_text(
+            strikes.get(case.fault, case.fault if case.fault in faults.FAULTS else "stop")
+        )
+        if case.way != "forward":
+            (world.planted / FAILS_AT[case.way]).write_text("error")
+        asking = asyncio.create_task(world.ask(MigrateRequest(service=SERVICE, id=migration, options=OPTIONS)))
+        refused = ""
+        try:
+            await self._strike(case, folder, home, car)
+            try:
+                await asking
+            except FerryError as error:
+                refused = error.code
+        finally:
+            asking.cancel()
+        for name, program in world.programs.items():
+            if program.starts != starts[name] or not program.pid:
+                await program.ready(starts[name] + 1)
+        if refused:
+            events: list[ev.AnyEvent] = []
+            result, wrong = f"refused: {refused}", []
+        else:
+            events = await world.ended(migration)
+            result, wrong = outcome(events), log_is_sound(events)
+        wrong += await self._afterwards(case, home, before, events)
+        return result, wrong, [f"{len(events)} entries"]
+
+    def _folder(self, case: Case, home: str) -> Path:
+        world = self._world
+        if case.who == "client":
+            return world.folder / "car"
+        if case.who == "server":
+            return world.faults_in(world.berths[home])
+        if case.who == "target":
+            (target,) = (berth for berth in world.of(SERVICE) if berth.name != home)
+            return world.faults_in(target)
+        return world.planted
+
+    async def _strike(self, case: Case, folder: Path, home: str, car: asyncio.subprocess.Process | None) -> None:
+        """Wait until the fault has struck, and do what is to be done from outside."""
+        planted = folder / case.point
+        async with asyncio.timeout(REACHED_SECONDS):
+            while planted.exists():
+                await asyncio.sleep(LOOK)
+        if case.fault in faults.FAULTS and case.fault != "stop":
+            return
+        pid = self._pid(case, car)
+        await deeds.stopped(pid)
+        try:
+            async with self._deed(case, home):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def _pid(self, case: Case, car: asyncio.subprocess.Process | None) -> int:
+        if case.who == "client":
+            assert car is not None
+            return car.pid
+        if case.who in ("server", "target"):
+            (pid,) = (berth.server_pid for berth in self._world.of(SERVICE) if state_of(berth.server_pid) == "T")
+            return pid
+        return self._world.programs[case.who].pid
+
+    @contextlib.asynccontextmanager
+    async def _deed(self, case: Case, home: str) -> AsyncIterator[None]:
+        world = self._world
+        source = world.berths[home]
+        (target,) = (berth for berth in world.of(SERVICE) if berth.name != home)
+        match case.fault:
+            case "stop":
+                await asyncio.sleep(STANDS_STILL)
+                yield
+            case "nats away":
+                await deeds.nats_away(world)
+                yield
+            case "source berth removed":
+                await world.remove_berth(source.name)
+                yield
+            case "target berth removed":
+                await world.remove_berth(target.name)
+                yield
+                # As its restart policy would, while the migration goes on.
+                await world.start_berth(target.name, with_server=False)
+            case "server killed for memory":
+                await deeds.oom_kill(source)
+                yield
+            case "target killed for memory":
+                await deeds.oom_kill(target)
+                yield
+            case "disk full":
+                async with deeds.disk_full(world.images):
+                    yield
+                    await asyncio.sleep(STANDS_STILL)
+            case _:
+                raise AssertionError(f"no such fault: {case.fault}")
+
+    # Afterwards.
+
+    async def _afterwards(self, case: Case, home: str, before: int, events: Sequence[ev.AnyEvent]) -> list[str]:
+        world = self._world
+        kinds = [ev.kind(event) for event in events]
+        committed = "decision.committed" in kinds
+        gone = not any(berth.server_pid for berth in world.of(SERVICE))
+        may_go = _kills_the_server(case)
+        wrong = [] if may_go or not gone else ["the server is gone"]
+        for berth in world.of(SERVICE):
+            if not world.lives(berth):
+                await world.start_berth(berth.name, with_server=False)
+        wrong += await tidy(world, SERVICE, server=not gone)
+        if not gone:
+            wrong += await self._serves_on(home, before, committed=committed, completed="decision.completed" in kinds)
+        return wrong
+
+    async def _serves_on(self, home: str, before: int, *, committed: bool, completed: bool) -> list[str]:
+        """The one live copy is where the log says, and the client's session is the same."""
+        wrong = []
+        placement = await self._world.serves(SERVICE)
+        if placement.epoch != before + committed:
+            wrong.append(f"epoch {before} became {placement.epoch}")
+        if committed != completed:
+            wrong.append("committed, not completed")
+        if (placement.place.berth != home) != committed:
+            wrong.append(f"the server is in {placement.place.berth}")
+        client = await self.client()
+        client.check()
+        due = client.sent + 1
+        try:
+            async with asyncio.timeout(ECHO_SECONDS):
+                await client.reaches(due)
+        except TimeoutError:
+            wrong.append(f"{due - client.echoed} echoes did not come")
+        client.check()
+        if client.connection.handshakes != 1:
+            wrong.append(f"{client.connection.handshakes} handshakes")
+        if client.connection.peer != f"{placement.place.address.host}:{PORT}":
+            wrong.append(f"the client is at {client.connection.peer}")
+        return wrong
+
+    async def _repair(self) -> None:
+        """As an operator would after a server's death: a new one, and the client dials again."""
+        for folder in (self._world.planted, *(self._world.faults_in(berth) for berth in self._world.of(SERVICE))):
+            with contextlib.suppress(OSError):
+                for left in folder.iterdir():
+                    if left.name != faults.PASSED:
+                        left.unlink()
+        if await self._world.see_to_berths(SERVICE):
+            await self.close()
+
+    async def _begin_anew(self) -> None:
+        """After a case that left something: what was left must not be the next case's fault."""
+        world = self._world
+        for berth in world.of(SERVICE):
+            await world.remove_berth(berth.name)
+        with contextlib.suppress(FerryError):
+            for lock in await world.registry.locks():
+                await world.cancel(lock.id)
+        for berth in world.of(SERVICE):
+            await world.start_berth(berth.name, with_server=False)
+        await world.see_to_berths(SERVICE)
+        await self.close()
+
+    async def _clean_move(self) -> list[str]:
+        world = self._world
+        home = world.home(SERVICE)
+        before = (await world.serves(SERVICE)).epoch
+        client = await self.client()
+        self._number += 1
+        migration = f"next-{self._number}-{os.getpid()}"
+        end = asyncio.get_running_loop().time() + PATIENCE
+        while True:
+            try:
+                await world.ask(MigrateRequest(service=SERVICE, id=migration, options=OPTIONS))
+                break
+            except FerryError as error:
+                if error.code not in ("service_busy", "no_target") or asyncio.get_running_loop().time() > end:
+                    raise
+            await asyncio.sleep(0.1)
+        events = await world.ended(migration)
+        if (result := outcome(events)) != "completed":
+            return [f"the next migration: {result}"]
+        wrong = await tidy(world, SERVICE)
+        await client.echoes(5)
+        wrong += await self._serves_on(home, before, committed=True, completed=True)
+        return [f"the next migration: {text}" for text in wrong]
+
+    @contextlib.asynccontextmanager
+    async def _driver(self, case: Case) -> AsyncIterator[asyncio.subprocess.Process | None]:
+        """A second client, as a process of its own, where the fault is a client's."""
+        if case.who != "client":
+            yield None
+            return
+        folder = self._world.folder / "car"
+        folder.mkdir(exist_ok=True)
+        address = (await self._world.serves(SERVICE)).place.address
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.car_client", "--json", "--cafile", str(self._world.tls / "cert.pem")),
+            *("--name", "car", "--interval-ms", "20"),
+            cwd=PROJECT,
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{PROJECT}:{PROJECT}/shared",
+                "TARGET_ADDR": f"{address.host}:{address.port}",
+                "TRANSPARENT": "1",
+                "QUICFERRY_LOG_LEVEL": "error",
+                faults.VARIABLE: str(folder),
+            },
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while json.loads(await process.stdout.readline())["event"] != "connected":
+                    pass
+            drain = asyncio.create_task(process.stdout.read())
+            yield process
+            if case.fault == "stop":
+                process.send_signal(signal.SIGINT)
+                async with asyncio.timeout(PATIENCE):
+                    lines = (await drain).splitlines()
+                summary = next(said for line in lines if (said := json.loads(line))["event"] == "summary")
+                assert summary["handshakes"] == 1, f"the stopped client shook hands {summary['handshakes']} times"
+                assert summary["echoes_lost"] == 0, f"the stopped client lost {summary['echoes_lost']} echoes"
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+            await drain
+
+
+def _kills_the_server(case: Case) -> bool:
+    """Whether the fault may end the process that the sessions live in: then they end with it."""
+    if case.fault in ENDS_THE_SERVER or case.fault.endswith("berth removed"):
+        return True
+    return case.who in ("server", "target") and case.fault == "kill"
+
+
+async def walk(world: World, chosen: Sequence[Case], say: Callable[[Row], None]) -> list[Row]:
+    """All ``chosen`` cases one after another."""
+    rows = []
+    async with contextlib.AsyncExitStack() as stack:
+        walking = Walk(world, stack)
+        stack.push_async_callback(walking.close)
+        for case in chosen:
+            row = await walking.case(case)
+            say(row)
+            rows.append(row)
+    return rows

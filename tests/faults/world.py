@@ -1,0 +1,369 @@
+"""A whole system to be broken: NATS, coordinator and agents as processes that are started again when they end, and
+berths as containers. All of it is on a network of its own, and gone when the world is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from quicferry import faults
+from quicferry.bus.connection import Bus
+from quicferry.bus.log import EventLog
+from quicferry.bus.registry import Registry
+from quicferry.bus.settings import NatsSettings
+from quicferry.cli.session import heralds
+from quicferry.host import berths as host_berths
+from quicferry.host import processes
+from quicferry.protocol import events as ev
+from quicferry.protocol import subjects
+from quicferry.protocol.api import (
+    CancelReply,
+    CancelRequest,
+    MigrateReply,
+    MigrateRequest,
+    Options,
+    Placement,
+    ServicesReply,
+    ServicesRequest,
+)
+from quicferry.protocol.errors import FerryError
+from tests.conftest import NatsServer
+from tests.e2e.berths import IMAGE, LABEL, PORT, PROJECT, Harbour, podman
+
+SERVICES: Final = ("coordinator", "checkpoint_agent", "restore_agent")
+READY: Final = {"coordinator": "ready", "checkpoint_agent": "agent_ready", "restore_agent": "agent_ready"}
+NATS_PORT: Final = 4222
+PATIENCE: Final = 60.0
+LOOK: Final = 0.02
+"""Seconds between two looks at what nothing announces: a process's state, a file, the registry."""
+OPTIONS: Final = Options(ack_timeout_ms=300, quiesce_timeout_ms=300, phase_timeout_ms=1_500, settle_timeout_ms=1_000)
+IMAGES_MIB: Final = 64
+IN_BERTH: Final = "/run/faults"
+
+
+class Program:
+    """A service of ours as a process, which a supervisor starts again."""
+
+    def __init__(self, name: str, log: Path, environment: dict[str, str]) -> None:
+        self.name = name
+        self.log = log
+        self.starts = 0
+        self._environment = environment
+        self._process: asyncio.subprocess.Process | None = None
+        self._wanted = False
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        """0 while it is not running."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else 0
+
+    def start(self) -> None:
+        self._wanted = True
+        self._task = asyncio.create_task(self._supervise(), name=f"supervise {self.name}")
+
+    async def _supervise(self) -> None:
+        while self._wanted:
+            with self.log.open("ab") as output:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", f"services.{self.name}"),
+                    cwd=PROJECT,
+                    env=self._environment,
+                    stderr=output,
+                )
+            self.starts += 1
+            await self._process.wait()
+
+    async def ready(self, starts: int) -> None:
+        """Until the ``starts``-th start of it, or a later one, answers."""
+        async with asyncio.timeout(PATIENCE):
+            while self.starts < starts or not self.pid or not self._said_ready():
+                await asyncio.sleep(LOOK)
+
+    def _said_ready(self) -> bool:
+        said = self.log.read_text(encoding="utf-8").rpartition(" starting ")[2]
+        return any(f" {word} " in said for word in (READY[self.name], "standing_by"))
+
+    async def close(self) -> None:
+        self._wanted = False
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.kill()
+        if self._task is not None:
+            await self._task
+
+
+class Berth(msgspec.Struct, kw_only=True):
+    """A berth of this world; what is started again after a fault is the same berth in a new container."""
+
+    name: str
+    service: str
+    ip: str
+    init_pid: int = 0
+    mounts: str = ""
+    """Its mounts as they were when it was new."""
+
+    @property
+    def server_pid(self) -> int:
+        """The server in it, 0 if there is none or the berth is gone."""
+        with contextlib.suppress(FerryError):
+            if server := processes.occupant(self.init_pid):
+                with server:
+                    return server.pid
+        return 0
+
+    def commands(self) -> list[str]:
+        """Of every process in it but its init and a server."""
+        found = []
+        for pid in inside(self.init_pid):
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+                number = int(status.partition("NSpid:")[2].splitlines()[0].split()[-1])
+                if number not in (1, processes.SERVER_PID):
+                    found.append(Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip())
+        return found
+
+    def udp_ports(self) -> int:
+        """How many sockets are bound to the service's port in it."""
+        lines = Path(f"/proc/{self.init_pid}/net/udp").read_text(encoding="utf-8").splitlines()[1:]
+        return sum(line.split()[1].endswith(f":{PORT:04X}") for line in lines)
+
+    def listeners(self) -> int:
+        """Unix sockets of ours in its network namespace."""
+        return Path(f"/proc/{self.init_pid}/net/unix").read_text(encoding="utf-8").count("@quicferry")
+
+    def mounts_now(self) -> str:
+        return Path(f"/proc/{self.init_pid}/mounts").read_text(encoding="utf-8")
+
+
+def inside(init_pid: int) -> list[int]:
+    """The processes in the PID namespace of ``init_pid``."""
+    namespace = os.readlink(f"/proc/{init_pid}/ns/pid")
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{entry}/ns/pid") == namespace:
+                    found.append(int(entry))
+    return found
+
+
+class World:
+    """Made by :func:`world`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.mark = uuid.uuid4().hex[:8]
+        self.folder = folder
+        self.planted = folder / "faults"
+        self.harbour = Harbour(folder)
+        self.tls = folder / "tls"
+        self.images = folder / "images"
+        self.berths: dict[str, Berth] = {}
+        self.programs: dict[str, Program] = {}
+        self.migrations = 0
+        self._gateway = ""
+        self.nats: NatsServer
+        self.bus: Bus
+        self.log: EventLog
+        self.registry: Registry
+
+    async def open(self, stack: contextlib.AsyncExitStack, services: Sequence[str], berths: int) -> None:
+        """Start everything: of each service ``berths`` berths, with a server in the first."""
+        self.planted.mkdir()
+        self.tls.mkdir()
+        stack.enter_context(tmpfs(self.images))
+        stack.push_async_callback(self.harbour.close)
+        await self.harbour.open()
+        self._gateway = podman("network", "inspect", "-f", "{{(index .Subnets 0).Gateway}}", self.harbour.network)
+        stack.push_async_callback(self._close_programs)
+        number = 10
+        for service in services:
+            for index in range(berths):
+                number += 1
+                name = f"{service}-{'abcdefgh'[index]}"
+                ip = f"{self._gateway.rpartition('.')[0]}.{number}"
+                self.berths[name] = Berth(name=name, service=service, ip=ip)
+                await self.start_berth(name, with_server=index == 0)
+        folder = self.folder / "nats"
+        folder.mkdir()
+        self.nats = NatsServer(folder, host=self._gateway, port=NATS_PORT)
+        stack.callback(self.nats.stop)
+        await self.nats.start()
+        settings = NatsSettings.load(self.nats.url)
+        self.bus = await stack.enter_async_context(Bus.connect("faults", settings, wait=True))
+        self.log, self.registry = await EventLog.open(self.bus), await Registry.open(self.bus)
+        for name in SERVICES:
+            self.programs[name] = Program(name, self.folder / f"{name}.log", self._environment())
+            self.programs[name].log.touch()
+            self.programs[name].start()
+        for program in self.programs.values():
+            await program.ready(1)
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PYTHONPATH": f"{PROJECT}:{PROJECT}/shared",
+            "NATS_URL": self.nats.url,
+            "CONTAINER_HOST": self.harbour.url,
+            "QUICFERRY_IMAGES": str(self.images),
+            "QUICFERRY_STACK": self.mark,
+            faults.VARIABLE: str(self.planted),
+        }
+
+    async def _close_programs(self) -> None:
+        await asyncio.gather(*(program.close() for program in self.programs.values()))
+
+    # Berths.
+
+    async def start_berth(self, name: str, *, with_server: bool) -> None:
+        """Start a berth, in place of the container it was in, if any."""
+        berth = self.berths[name]
+        container = f"{name}-{self.mark}"
+        labels = {
+            LABEL: self.harbour.mark,
+            host_berths.LABEL_STACK: self.mark,
+            host_berths.LABEL_BERTH: name,
+            host_berths.LABEL_SERVICE: berth.service,
+            host_berths.LABEL_PORT: str(PORT),
+            host_berths.LABEL_ADDRESS: f"{berth.ip}:{PORT}",
+        }
+        variables = {
+            "NATS_URL": f"nats://{self._gateway}:{NATS_PORT}",
+            "QUICFERRY_SERVICE": berth.service,
+            "QUICFERRY_CERT": "/tls/cert.pem",
+            "QUICFERRY_KEY": "/tls/key.pem",
+            faults.VARIABLE: IN_BERTH,
+        }
+        await asyncio.to_thread(podman, "rm", "-f", "-t", "0", "--ignore", container)
+        await asyncio.to_thread(
+            podman,
+            *("run", "-d", "--name", container, "--network", self.harbour.network, "--ip", berth.ip),
+            *("--tmpfs", "/run", "--cap-add", "CHECKPOINT_RESTORE", "-v", f"{self.tls}:/tls"),
+            *(part for key, value in labels.items() for part in ("--label", f"{key}={value}")),
+            *(part for key, value in variables.items() for part in ("-e", f"{key}={value}")),
+            *("--entrypoint", '["berth-init", "--"]', IMAGE),
+            *(("python", "-m", "services.echo_server") if with_server else ()),
+        )
+        berth.init_pid = int(await asyncio.to_thread(podman, "inspect", "-f", "{{.State.Pid}}", container))
+        self.faults_in(berth).mkdir(exist_ok=True)
+        berth.mounts = berth.mounts_now()
+
+    async def remove_berth(self, name: str) -> None:
+        await asyncio.to_thread(podman, "rm", "-f", "-t", "0", f"{name}-{self.mark}")
+
+    def lives(self, berth: Berth) -> bool:
+        return os.path.exists(f"/proc/{berth.init_pid}/ns/pid")
+
+    def of(self, service: str) -> list[Berth]:
+        return [berth for berth in self.berths.values() if berth.service == service]
+
+    def faults_in(self, berth: Berth) -> Path:
+        """Where a server in this berth looks for its faults."""
+        return Path(f"/proc/{berth.init_pid}/root{IN_BERTH}")
+
+    async def see_to_berths(self, service: str) -> bool:
+        """What compose's restart policy and an operator do: berths that are gone come back, and if no server is
+        left there is a new one. Returns whether there had to be."""
+        berths = self.of(service)
+        for berth in berths:
+            if not self.lives(berth):
+                await self.start_berth(berth.name, with_server=False)
+        if any(berth.server_pid for berth in berths):
+            return False
+        await self.start_berth(berths[0].name, with_server=True)
+        return True
+
+    # What a client of the API does.
+
+    async def ask(self, request: MigrateRequest, patience: float = 20.0) -> MigrateReply:
+        """Ask for a migration as the command does: again and again with the same id, until a coordinator answers."""
+        end = asyncio.get_running_loop().time() + patience
+        while True:
+            try:
+                return await self.bus.request(subjects.MIGRATE, request, MigrateReply, timeout=2.5)
+            except FerryError as error:
+                if asyncio.get_running_loop().time() > end:
+                    raise
+                if error.code not in ("no_answer", "not_leading", "nats_unreachable", "internal"):
+                    raise
+            await asyncio.sleep(0.1)
+
+    async def cancel(self, migration: str) -> None:
+        with contextlib.suppress(FerryError):  # too late, or nobody there: the fault is what is tested
+            await self.bus.request(subjects.CANCEL, CancelRequest(id=migration), CancelReply, timeout=2)
+
+    async def serves(self, service: str) -> Placement:
+        """Where the service is, once its server is reported and answers."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                with contextlib.suppress(FerryError):
+                    reply = await self.bus.request(subjects.SERVICES, ServicesRequest(), ServicesReply, timeout=2)
+                    known = [placement for placement in reply.services if placement.service == service]
+                    # A berth that was just replaced is reported a moment later.
+                    true = known and self._true(reply, service) and known[0].place.berth == self.home(service)
+                    if true and await heralds(self.bus, service):
+                        return known[0]
+                await asyncio.sleep(LOOK)
+
+    def _true(self, reply: ServicesReply, service: str) -> bool:
+        home = self.home(service)
+        ours = [berth for berth in reply.berths if berth.service == service]
+        return len(ours) == len(self.of(service)) and all(b.occupied == (b.berth == home) for b in ours)
+
+    def home(self, service: str) -> str:
+        """The berth that a server is in, whatever anybody says."""
+        there = [berth.name for berth in self.of(service) if berth.server_pid]
+        return there[0] if len(there) == 1 else ""
+
+    async def events(self, migration: str) -> list[ev.AnyEvent]:
+        return [event for _, event in await self.log.read(migration)]
+
+    async def ended(self, migration: str, patience: float = 120.0) -> list[ev.AnyEvent]:
+        """The migration's events up to its outcome. Raises TimeoutError."""
+        async with asyncio.timeout(patience):
+            while True:
+                with contextlib.suppress(FerryError):
+                    seen = await self.events(migration)
+                    if any(isinstance(event, ev.Completed | ev.RolledBack | ev.Failed) for event in seen):
+                        return seen
+                await asyncio.sleep(5 * LOOK)
+
+
+@contextlib.asynccontextmanager
+async def world(folder: Path, services: Sequence[str] = ("echo",), berths: int = 2) -> AsyncIterator[World]:
+    """A world that runs; afterwards nothing of it is left."""
+    made = World(folder)
+    async with contextlib.AsyncExitStack() as stack:
+        await made.open(stack, services, berths)
+        yield made
+
+
+@contextlib.contextmanager
+def tmpfs(folder: Path) -> Iterator[None]:
+    """A small file system of our own, so that filling it hurts nobody else."""
+    folder.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={IMAGES_MIB}m,mode=0700", "quicferry", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=False)
+
+
+def state_of(pid: int) -> str:
+    """``T`` is stopped (proc_pid_stat(5)); empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2][:1]
+    except OSError:
+        return ""
