@@ -3,7 +3,7 @@
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 BIN := .venv/bin
 
-.PHONY: setup demo bench test fuzz lint clean
+.PHONY: setup demo bench test test-faults fuzz lint clean
 
 setup: ## install what is missing, make .venv, build the image if its inputs changed
 	@containers/setup
@@ -16,6 +16,9 @@ bench: setup ## the pause in figures, beside the alternatives; BENCH takes flags
 
 test: lint ## everything, the real moves included
 	@$(SUDO) $(BIN)/python -m pytest
+
+test-faults: setup ## every fault at every point of a move, as a table; OUT=FILE for JSON, FAULTS takes flags, such as FAULTS="--only nats"
+	@$(SUDO) $(BIN)/python -m tests.faults $(if $(OUT),--out $(OUT)) $(FAULTS)
 
 fuzz: setup ## every decoder of what comes from outside under a coverage-guided fuzzer, SECONDS=n each
 	@$(BIN)/python -m pip install --quiet 'atheris>=3.0'

@@ -192,7 +192,6 @@ class Driver:
             if await faults.at(f"coordinator.{command.name}") == "twice":
                 await self._bus.request(subject, message, ArmReply, timeout=seconds)
             reply = await self._bus.request(subject, message, ArmReply, timeout=seconds)
-            await faults.at(f"coordinator.{command.name}.answered")
             event: ev.AnyEvent = ev.Disarmed(id=request.id, at_ms=now_ms())
             if not command.disarm:
                 event = ev.Armed(id=request.id, at_ms=now_ms(), clients=reply.clients)

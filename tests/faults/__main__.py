@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -42,6 +43,9 @@ def main() -> int:
 
 async def _walked(chosen: list[Case]) -> list[Row]:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))  # the client's
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # nothing is left behind then, too
     with tempfile.TemporaryDirectory(prefix="quicferry-faults-") as folder:
         async with world(Path(folder)) as made:
             rows = await walk(made, chosen, show)

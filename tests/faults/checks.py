@@ -20,10 +20,12 @@ LOOK: Final = 0.05
 
 def outcome(events: list[ev.AnyEvent]) -> str:
     """The migration's outcome and, if it has one, its reason's code."""
-    last = events[-1]
-    if isinstance(last, ev.RolledBack | ev.Failed):
-        return f"{ev.kind(last).partition('.')[2]}: {last.reason.code}"
-    return ev.kind(last).partition(".")[2]
+    for event in events:  # what was seen may come later
+        if isinstance(event, ev.RolledBack | ev.Failed):
+            return f"{ev.kind(event).partition('.')[2]}: {event.reason.code}"
+        if isinstance(event, ev.Completed):
+            return "completed"
+    return "none"
 
 
 def log_is_sound(events: list[ev.AnyEvent]) -> list[str]:
@@ -38,8 +40,7 @@ def log_is_sound(events: list[ev.AnyEvent]) -> list[str]:
     if "completed" in kinds and "committed" not in kinds:
         wrong.append("completed without a commit")
     wrong += [f"replay differs: {step.differs}" for step in replay(events) if step.differs]
-    last = events[-1]
-    if isinstance(last, ev.RolledBack | ev.Failed) and not last.reason.message:
+    if any(isinstance(event, ev.RolledBack | ev.Failed) and not event.reason.message for event in events):
         wrong.append("a reason without words")
     return wrong
 

@@ -47,7 +47,7 @@ def _points() -> list[tuple[Who, Way, str, tuple[str, ...]]]:
             ("coordinator.write.decision.prepared", ENDS),
             ("coordinator.decided.prepared", ENDS),
             ("coordinator.server.arm", CALLS),
-            ("coordinator.server.arm.answered", ENDS),
+            ("coordinator.write.coordinator.armed", ENDS),
             ("coordinator.checkpoint.dump", CALLS),
             ("coordinator.restore.restore", CALLS),
             ("coordinator.write.decision.committed", ENDS),
@@ -101,16 +101,16 @@ def _points() -> list[tuple[Who, Way, str, tuple[str, ...]]]:
             ("source.thawed", STEPS),
             ("source.giving_back", STEPS),
         ),
-        "restore_agent": _step("restore", "abort", "aborted"),
+        "restore_agent": (("say.restore.failed", SAYS), *_step("restore", "abort", "aborted")),
         "server": (("server.adopted", ENDS),),
     }
     early: Table = {
         "coordinator": (
             ("coordinator.server.disarm", CALLS),
-            ("coordinator.server.disarm.answered", ENDS),
+            ("coordinator.write.coordinator.disarmed", ENDS),
             ("coordinator.checkpoint.abort", ("kill",)),
         ),
-        "checkpoint_agent": (("source.thawed", STEPS),),
+        "checkpoint_agent": (("say.checkpoint.failed", SAYS), ("source.thawed", STEPS)),
     }
     ways: tuple[tuple[Way, Table], ...] = (
         ("forward", forward),
@@ -137,7 +137,7 @@ FROM_OUTSIDE: Final[dict[str, tuple[tuple[Who, str], ...]]] = {
     "nats away": (
         ("coordinator", "coordinator.locked"),
         ("coordinator", "coordinator.write.decision.prepared"),
-        ("coordinator", "coordinator.server.arm.answered"),
+        ("coordinator", "coordinator.write.coordinator.armed"),
         ("checkpoint_agent", "source.told"),
         ("server", "server.told"),
         ("checkpoint_agent", "source.frozen"),
