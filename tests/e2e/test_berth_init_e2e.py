@@ -63,6 +63,13 @@ def test_the_server_has_pid_5000_and_the_berth_outlives_it(berths: Berths) -> No
     assert berths.podman("inspect", "--format", "{{.State.Status}}", berth) == "running"
 
 
+def test_a_server_that_the_kernel_kills_for_lack_of_memory_ends_the_berth(berths: Berths) -> None:
+    greedy = "kept = []\nwhile True: kept.append(bytearray(b'x' * (1 << 20)))"
+    berth = berths.start("python3", "-c", greedy, options=("--cap-add", "CHECKPOINT_RESTORE", "--memory", "64m"))
+    assert "status=-9" in berths.logs(berth, "server_ended")
+    assert berths.podman("wait", berth) == "137"
+
+
 def test_a_stop_is_graceful_and_gives_the_servers_status(berths: Berths) -> None:
     code = (
         "import signal, sys\n"

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import msgspec
@@ -33,11 +34,12 @@ def main() -> int:
     if arguments.list:
         print("\n".join(f"{case.shown:<58} {case.fault}" for case in chosen))
         return 0
+    began = time.monotonic()
     rows = asyncio.run(_walked(chosen))
     if arguments.out:
         arguments.out.write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=1) + b"\n")
     broken = [row for row in rows if not row.held]
-    print(f"{len(rows)} cases, {len(rows) - len(broken)} held, in {sum(row.seconds for row in rows) / 60:.0f} min")
+    print(f"{len(rows)} cases, {len(rows) - len(broken)} held, in {(time.monotonic() - began) / 60:.0f} min")
     return 1 if broken or not rows else 0
 
 

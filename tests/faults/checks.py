@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
+from collections.abc import Sequence
 from typing import Final
 
 from quicferry.host import processes
 from quicferry.migration.replay import replay
 from quicferry.protocol import events as ev
 from quicferry.protocol.errors import FerryError
+from tests.e2e.berths import PORT
+from tests.e2e.moving import Datagram
 from tests.faults.world import World
 
 TIDY_SECONDS: Final = 10.0
@@ -43,6 +47,15 @@ def log_is_sound(events: list[ev.AnyEvent]) -> list[str]:
     if any(isinstance(event, ev.RolledBack | ev.Failed) and not event.reason.message for event in events):
         wrong.append("a reason without words")
     return wrong
+
+
+def one_copy_sent(seen: Sequence[Datagram], source: str, *, moved: bool) -> list[str]:
+    """On the wire: the source sends until the target does, if that ever does, and not a datagram after."""
+    senders = [datagram.source for datagram in seen if datagram.source_port == PORT]
+    copies = [ip for ip, _ in itertools.groupby(senders)]
+    if copies[:1] not in ([], [source]) or len(copies) > 1 + moved:
+        return [f"datagrams came from {', then '.join(copies)}"]
+    return []
 
 
 async def tidy(world: World, service: str, *, server: bool = True) -> list[str]:

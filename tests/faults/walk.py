@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -21,9 +20,9 @@ from quicferry.protocol import events as ev
 from quicferry.protocol.api import MigrateRequest
 from quicferry.protocol.errors import FerryError
 from tests.e2e.berths import PORT, PROJECT
-from tests.e2e.moving import Pinger
+from tests.e2e.moving import Capture, Pinger
 from tests.faults import deeds
-from tests.faults.checks import log_is_sound, outcome, tidy
+from tests.faults.checks import log_is_sound, one_copy_sent, outcome, tidy
 from tests.faults.matrix import FAILS_AT, Case
 from tests.faults.world import LOOK, OPTIONS, PATIENCE, World, state_of
 
@@ -45,8 +44,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     held: bool
     """Whether all that must hold did."""
     why: str
-    """What did not; otherwise what else was seen."""
-    seconds: float
+    """What did not; otherwise what became of server and session."""
 
 
 class Walk:
@@ -88,7 +86,6 @@ class Walk:
 
     async def case(self, case: Case) -> Row:
         """One migration with the fault in it, then one without."""
-        start = time.monotonic()
         result, wrong, seen = "", list[str](), list[str]()
         try:
             await self.client()
@@ -108,7 +105,6 @@ class Walk:
             outcome=result or "none",
             held=not wrong,
             why="; ".join(wrong or seen),
-            seconds=round(time.monotonic() - start, 1),
         )
 
     async def _with_fault(
@@ -128,26 +124,22 @@ class Walk:
         if case.way != "forward":
             (world.planted / FAILS_AT[case.way]).write_text("error")
         asking = asyncio.create_task(world.ask(MigrateRequest(service=SERVICE, id=migration, options=OPTIONS)))
-        refused = ""
-        try:
-            await self._strike(case, folder, home, car)
+        with Capture(world.interface) as capture:
             try:
+                await self._strike(case, folder, home, car)
                 await asking
-            except FerryError as error:
-                refused = error.code
-        finally:
-            asking.cancel()
-        for name, program in world.programs.items():
-            if program.starts != starts[name] or not program.pid:
-                await program.ready(starts[name] + 1)
-        if refused:
-            events: list[ev.AnyEvent] = []
-            result, wrong = f"refused: {refused}", []
-        else:
+            finally:
+                asking.cancel()
+            for name, program in world.programs.items():
+                if program.starts != starts[name] or not program.pid:
+                    await program.ready(starts[name] + 1)
             events = await world.ended(migration)
             result, wrong = outcome(events), log_is_sound(events)
-        wrong += await self._afterwards(case, home, before, events)
-        return result, wrong, [f"{len(events)} entries"]
+            wrong += await self._afterwards(case, home, before, events)
+        wrong += one_copy_sent(capture.seen, world.berths[home].ip, moved=result == "completed")
+        gone = not any(berth.server_pid for berth in world.of(SERVICE))
+        seen = "the server died, and its sessions with it" if gone else f"in {world.home(SERVICE)}, same session"
+        return result, wrong, [seen]
 
     def _folder(self, case: Case, home: str) -> Path:
         world = self._world

@@ -172,7 +172,8 @@ class World:
         self.images = folder / "images"
         self.berths: dict[str, Berth] = {}
         self.programs: dict[str, Program] = {}
-        self.migrations = 0
+        self.interface = ""
+        """The bridge that every datagram between clients and berths passes."""
         self._gateway = ""
         self.nats: NatsServer
         self.bus: Bus
@@ -186,6 +187,7 @@ class World:
         stack.enter_context(tmpfs(self.images))
         stack.push_async_callback(self.harbour.close)
         await self.harbour.open()
+        self.interface = podman("network", "inspect", "-f", "{{.NetworkInterface}}", self.harbour.network)
         self._gateway = podman("network", "inspect", "-f", "{{(index .Subnets 0).Gateway}}", self.harbour.network)
         stack.push_async_callback(self._close_programs)
         number = 10

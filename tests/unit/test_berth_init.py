@@ -58,6 +58,10 @@ def test_exit_status_is_the_servers_unless_it_was_killed(code: int, status: int 
     assert berth_init.exit_status(code) == status
 
 
+def test_a_server_killed_for_lack_of_memory_has_not_left() -> None:
+    assert berth_init.exit_status(-signal.SIGKILL, out_of_memory=True) == 137
+
+
 @pytest.mark.parametrize("code", [0, 7])
 def test_a_server_that_ends_ends_the_berth_with_its_status(code: int) -> None:
     with berth(*ANY_PID, *python(f"raise SystemExit({code})")) as process:

@@ -10,7 +10,8 @@ The command gets PID ``--pid`` by clone3(2) with set_tid, which needs CAP_CHECKP
 starts high leaves its PID free in every other berth, whoever else ran there (its threads: host/thread_ids.py).
 
 A server killed by SIGKILL was moved away (CRIU ends a released source so) and the berth stays, empty. One
-that ends in any other way ends the berth with its status, so that the container's restart policy applies.
+that ends in any other way, or was killed for lack of memory, ends the berth with its status, so that the
+container's restart policy applies.
 Servers that a move brought in do not end the berth. Exit status: the command's, 128 + signal if a signal
 ended it, 127 if it could not be started, 0 for an empty berth that was told to stop.
 """
@@ -45,6 +46,8 @@ TO_STOP = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 WAITED_FOR = TO_STOP | {signal.SIGCHLD}
 
 NOT_STARTED = 127
+OOM_COUNTS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
+"""Where the container's cgroup counts the kills for lack of memory (cgroups(7)), version 2 and 1."""
 
 
 class _CloneArgs(ctypes.Structure):
@@ -160,9 +163,20 @@ def reap() -> list[tuple[int, int]]:
     return ended
 
 
-def exit_status(code: int) -> int | None:
+def oom_kills() -> int:
+    """How often the kernel has killed in this container for lack of memory; 0 where nothing counts it."""
+    for path in OOM_COUNTS:
+        with contextlib.suppress(OSError, ValueError):
+            for line in path.read_text().splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+    return 0
+
+
+def exit_status(code: int, *, out_of_memory: bool = False) -> int | None:
     """What the berth exits with when its own command ended with ``code``; None if it stays."""
-    if code == -signal.SIGKILL:
+    if code == -signal.SIGKILL and not out_of_memory:
         return None
     return code if code >= 0 else 128 - code
 
@@ -176,6 +190,7 @@ class Berth:
         self._grace = grace
         self._own: int | None = None
         """The command's PID until it has ended once: later occupants do not decide over the berth."""
+        self._oom_kills = 0
 
     def run(self) -> int:
         # Waiting for blocked signals leaves no gap between looking and sleeping, and PID 1 would
@@ -183,6 +198,7 @@ class Berth:
         signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
         _become_subreaper()
         if self._command:
+            self._oom_kills = oom_kills()
             try:
                 self._own = spawn(self._command, self._pid)
             except OSError as error:
@@ -205,7 +221,7 @@ class Berth:
             if pid != self._own:
                 continue
             self._own = None
-            status = exit_status(code)
+            status = exit_status(code, out_of_memory=oom_kills() > self._oom_kills)
             log("server_left" if status is None else "server_ended", pid=pid, status=code)
         return status
 
