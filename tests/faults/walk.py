@@ -232,7 +232,10 @@ class Walk:
     async def _serves_on(self, home: str, before: int, *, committed: bool, completed: bool) -> list[str]:
         """The one live copy is where the log says, and the client's session is the same."""
         wrong = []
-        placement = await self._world.serves(SERVICE)
+        try:
+            placement = await self._world.serves(SERVICE)
+        except TimeoutError:
+            return ["the service is not served"]
         if placement.epoch != before + committed:
             wrong.append(f"epoch {before} became {placement.epoch}")
         if committed != completed:

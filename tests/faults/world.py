@@ -45,6 +45,7 @@ SERVICES: Final = ("coordinator", "checkpoint_agent", "restore_agent")
 READY: Final = {"coordinator": "ready", "checkpoint_agent": "agent_ready", "restore_agent": "agent_ready"}
 NATS_PORT: Final = 4222
 PATIENCE: Final = 60.0
+SERVES_SECONDS: Final = 30.0
 LOOK: Final = 0.02
 """Seconds between two looks at what nothing announces: a process's state, a file, the registry."""
 OPTIONS: Final = Options(ack_timeout_ms=300, quiesce_timeout_ms=300, phase_timeout_ms=1_500, settle_timeout_ms=1_000)
@@ -308,7 +309,7 @@ class World:
 
     async def serves(self, service: str) -> Placement:
         """Where the service is, once its server is reported and answers."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(SERVES_SECONDS):
             while True:
                 with contextlib.suppress(FerryError):
                     reply = await self.bus.request(subjects.SERVICES, ServicesRequest(), ServicesReply, timeout=2)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 import pytest
 import pytest_asyncio
 
+from quicferry.bus import agent as agent_module
 from quicferry.bus.agent import Agent
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
@@ -226,6 +227,20 @@ async def test_events_of_a_step_that_ended_without_nats_are_published_when_it_is
     agent.accept("resume", request())
     await nats_server.start()
     await seen(event_log, "restore.restored", "restore.resumed")
+
+
+async def test_a_step_that_is_stuck_ends_and_a_later_attempt_runs(
+    nats_server: NatsServer, steps: Steps, bus: Bus, event_log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "longest_step", lambda _: 0.05)
+    async with running(nats_server, steps):
+        await ask(bus, "restore")
+        (failed,) = await seen(event_log, "restore.failed")
+        assert isinstance(failed, events.RestoreFailed)
+        assert (failed.verb, failed.error.code) == ("restore", "phase_timeout")
+        steps.go_on.set()
+        await ask(bus, "restore", attempt=2)
+        await seen(event_log, "restore.failed", "restore.restored")
 
 
 def test_an_agent_without_a_verb_is_a_mistake() -> None:

@@ -23,7 +23,7 @@ from quicferry.bus.registry import Registry
 from quicferry.bus.settings import NatsSettings
 from quicferry.protocol import subjects
 from quicferry.protocol.agents import Accepted, AgentRequest
-from quicferry.protocol.api import Berth
+from quicferry.protocol.api import Berth, Options
 from quicferry.protocol.errors import FerryError
 from quicferry.protocol.events import AnyEvent, CheckpointFailed, RestoreFailed, kind
 
@@ -40,8 +40,17 @@ MAX_RUNS: Final = 512
 """Steps remembered, so that their repeats are recognised."""
 MAX_UNPUBLISHED: Final = 256
 """Events waiting for NATS; a step waits when there are more."""
+STEP_PHASES: Final = 4
+STEP_MARGIN: Final = 10.0
+"""Of the longest step: how many of its phase's limits, and how many seconds more."""
 STOP_SECONDS: Final = 1.2
 """For steps and events under way when the agent is stopped; below what a service is given to stop."""
+
+def longest_step(options: Options) -> float:
+    """Seconds after which a step is stuck, beyond every limit of its own: a later attempt can run then."""
+    waits = (options.ack_timeout_ms + options.quiesce_timeout_ms) / 1000
+    return waits + STEP_PHASES * options.phase_timeout_ms / 1000 + STEP_MARGIN
+
 
 Key = tuple[str, str, int]
 
@@ -146,24 +155,25 @@ class Agent:
     async def _carry_out(self, run: _Run, before: list[_Run], verb: str, request: AgentRequest) -> None:
         start = time.monotonic()
         bound = log.bind(id=request.id, verb=verb, attempt=request.attempt)
+        limit = asyncio.timeout(None)  # it begins once it is this step's turn
         try:
             if verb == "abort":
                 await self._cancel(before)
             else:
                 await asyncio.gather(*(other.task for other in before if other.task), return_exceptions=True)
-            await faults.at(f"{self._role}.{verb}")
-            async with contextlib.aclosing(self._steps[verb](request)) as happened:
-                async for event in happened:
-                    await self._keep(run, event)
+            async with limit:
+                limit.reschedule(asyncio.get_running_loop().time() + longest_step(request.options))
+                await faults.at(f"{self._role}.{verb}")
+                async with contextlib.aclosing(self._steps[verb](request)) as happened:
+                    async for event in happened:
+                        await self._keep(run, event)
         except FerryError as error:
             bound.warning("step_failed", code=error.code, error=error.message, hint=error.hint)
             await self._keep(run, self._failure(verb, request, error), failed=True)
         except Exception:  # noqa: BLE001 - a defect of ours: the migration must learn of it, the agent must live on
-            bound.exception("step_failed", code="internal")
-            defect = FerryError(
-                "internal", f"The {self._role} agent failed at {verb}.", hint="Its log has the details."
-            )
-            await self._keep(run, self._failure(verb, request, defect), failed=True)
+            error = self._stuck(verb, request) if limit.expired() else self._defect(verb)
+            bound.exception("step_failed", code=error.code)
+            await self._keep(run, self._failure(verb, request, error), failed=True)
         else:
             bound.debug("step_done", took_ms=round((time.monotonic() - start) * 1e3, 1))
         finally:
@@ -172,6 +182,16 @@ class Agent:
                 self._look.set()
             else:
                 self._in_hand[request.id] = time.monotonic()
+
+    def _defect(self, verb: str) -> FerryError:
+        return FerryError("internal", f"The {self._role} agent failed at {verb}.", hint="Its log has the details.")
+
+    def _stuck(self, verb: str, request: AgentRequest) -> FerryError:
+        return FerryError(
+            "phase_timeout",
+            f"The {self._role} agent's {verb} did not end within {longest_step(request.options):g} s.",
+            hint="Its log and `quicferry doctor` may tell what hangs: podman, CRIU, or the machine.",
+        )
 
     def _failure(self, verb: str, request: AgentRequest, error: FerryError) -> AnyEvent:
         failed = CheckpointFailed if self._role == "checkpoint" else RestoreFailed
