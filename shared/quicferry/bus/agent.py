@@ -46,6 +46,7 @@ STEP_MARGIN: Final = 10.0
 STOP_SECONDS: Final = 1.2
 """For steps and events under way when the agent is stopped; below what a service is given to stop."""
 
+
 def longest_step(options: Options) -> float:
     """Seconds after which a step is stuck, beyond every limit of its own: a later attempt can run then."""
     waits = (options.ack_timeout_ms + options.quiesce_timeout_ms) / 1000
