@@ -172,9 +172,9 @@ class Agent:
             bound.warning("step_failed", code=error.code, error=error.message, hint=error.hint)
             await self._keep(run, self._failure(verb, request, error), failed=True)
         except Exception:  # noqa: BLE001 - a defect of ours: the migration must learn of it, the agent must live on
-            error = self._stuck(verb, request) if limit.expired() else self._defect(verb)
-            bound.exception("step_failed", code=error.code)
-            await self._keep(run, self._failure(verb, request, error), failed=True)
+            why = self._stuck(verb, request) if limit.expired() else self._defect(verb)
+            bound.exception("step_failed", code=why.code)
+            await self._keep(run, self._failure(verb, request, why), failed=True)
         else:
             bound.debug("step_done", took_ms=round((time.monotonic() - start) * 1e3, 1))
         finally:
