@@ -39,6 +39,10 @@ CALL_SECONDS: Final = 3.0
 DISARM_SECONDS: Final = 1.0
 CALL_WAIT: Final = 0.2
 """Between two tries to reach somebody who is not there: agents and wrappers come back from restarts and moves."""
+LONGEST_CALL_WAIT: Final = 1.0
+"""It may take an hour until an agent is there again, and then every second counts: nobody serves."""
+CALL_WAIT_SHARE: Final = 1 / 15
+"""Of the time since the first try: it is the shortest wait for 3 s, and the longest from 15 s on."""
 CALLS_PER_NODE: Final = 16
 """Requests in flight to one node: a node that hangs holds up only itself."""
 WRITE_TRIES: Final = 100
@@ -209,7 +213,7 @@ class Driver:
     ) -> None:
         """Call until it is taken, refused or no longer wanted; after ``seconds`` say in the log that it failed."""
         migration, attempt = state.request.id, command.attempt if isinstance(command, CallAgent) else 1
-        deadline = asyncio.get_running_loop().time() + seconds
+        began = asyncio.get_running_loop().time()
         told = False
         if not self._wanted(migration, command):
             return  # overtaken while we stood still: whoever did it may be done, and what we ask for would stay
@@ -225,7 +229,8 @@ class Driver:
             if not self._wanted(migration, command):
                 return
             unheard = error.code in (*_UNHEARD, "server_unarmed")
-            over = asyncio.get_running_loop().time() >= deadline
+            waited = asyncio.get_running_loop().time() - began
+            over = waited >= seconds
             if (over or not unheard) and not told:
                 log.warning("call_failed", id=migration, to=command.name, code=error.code, error=error.message)
                 event = ev.CallFailed(
@@ -235,7 +240,7 @@ class Driver:
                 told = True
             if not unheard or (told and (isinstance(command, ArmServer) or state.phase not in _PERSISTENT)):
                 return
-            await asyncio.sleep(CALL_WAIT)
+            await asyncio.sleep(min(max(CALL_WAIT, waited * CALL_WAIT_SHARE), LONGEST_CALL_WAIT))
 
     async def _decide(self, state: State, command: Decide) -> None:
         decision = _decision(state.request.id, command)

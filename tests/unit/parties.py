@@ -520,14 +520,17 @@ class Coordinator:
         self.last: dict[str, int] = {}
         self.tasks: list[Task] = []
         self.timers: dict[str, StartTimer] = {}
-        while self.read < len(self.world.log.entries):
-            self._take()
+        self.catch_up()
         self.tasks.clear()
         self.timers.clear()
         for state in self.states.values():
             if state.outcome is None:
                 for command in outstanding(state):
                     self._give(state, command)
+
+    def catch_up(self) -> None:
+        while self.read < len(self.world.log.entries):
+            self._take()
 
     def die(self) -> None:
         self.alive = False
