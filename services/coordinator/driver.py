@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -45,7 +46,8 @@ CALL_WAIT_SHARE: Final = 1 / 15
 """Of the time since the first try: it is the shortest wait for 3 s, and the longest from 15 s on."""
 CALLS_PER_NODE: Final = 16
 """Requests in flight to one node: a node that hangs holds up only itself."""
-WRITE_TRIES: Final = 100
+CACHE_TRIES: Final = 100
+"""To bring a bucket up to what the log says. Whoever leads next does it again; till then the log is asked as well."""
 FIRST_WAIT: Final = 0.1
 LONGEST_WAIT: Final = 2.0
 _UNHEARD: Final = ("no_answer", "nats_unreachable")
@@ -273,9 +275,12 @@ class Driver:
         write: Callable[[], Awaitable[None]],
         command: Command | None = None,
     ) -> None:
-        """Write to the log or a bucket, again and again while NATS is away and ``command`` is still wanted."""
+        """Write to the log for as long as ``command`` is wanted and this coordinator leads: nobody else would.
+
+        Without a ``command`` it is a bucket that is written, and that has an end.
+        """
         wait = FIRST_WAIT
-        for _ in range(WRITE_TRIES):
+        for tries in itertools.count(1):
             try:
                 self._permit()
                 await write()
@@ -289,11 +294,13 @@ class Driver:
                     log.debug("decided_elsewhere", id=migration, what=what)
                 else:
                     log.warning("write_failed", id=migration, what=what, code=error.code, error=error.message)
+            if command is None and tries == CACHE_TRIES:
+                log.error("write_given_up", id=migration, what=what, tries=tries)
+                return
             await asyncio.sleep(wait)
             wait = min(wait * 2, LONGEST_WAIT)
             if command is not None and not self._wanted(migration, command):
                 return
-        log.error("write_given_up", id=migration, what=what, tries=WRITE_TRIES)
 
 
 def _decision(migration: str, command: Decide) -> ev.Decision:
