@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 
-from quicferry.host.parking import Dock, queued_bytes
+from quicferry.host.parking import Dock, queued_bytes, readable
 from quicferry.protocol import handover, wire
 from quicferry.protocol.api import Address
 
@@ -108,6 +108,24 @@ async def test_a_parked_socket_is_handed_out_once_queue_and_all(dock: Dock, udp:
         late.send(b'{"op":"adopt"}\n')
         assert await ended(late) == b""
     assert not dock.holds_socket
+
+
+async def test_who_is_held_for_another_migration_gets_no_socket(dock: Dock, udp: socket.socket) -> None:
+    dock.expect(os.getpid())
+    dock.offer(MOVED, udp.dup())
+    with visit(dock) as unix:
+        unix.send(wire.encode(handover.Adopt(id="m2")) + b"\n")
+        await readable(unix)
+        line, fds, _, _ = socket.recv_fds(unix, 4096, 1)
+    assert (wire.decode(line, handover.Adopted), fds) == (MOVED, [])
+    assert dock.holds_socket
+    with visit(dock) as unix:
+        unix.send(wire.encode(handover.Adopt(id="m1")) + b"\n")
+        async with asyncio.timeout(10):
+            await dock.wait_adopted()
+        _, fds, _, _ = socket.recv_fds(unix, 4096, 1)
+    with socket.socket(fileno=fds[0]) as adopted:
+        assert adopted.getsockname() == udp.getsockname()
 
 
 async def test_nobody_else_may_park_or_adopt(dock: Dock, udp: socket.socket) -> None:

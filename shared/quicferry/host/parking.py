@@ -237,7 +237,7 @@ class Dock:
             if isinstance(request, handover.Park):
                 await self._park(connection, received)
             else:
-                await self._adopt(connection)
+                self._adopt(connection, request)
         finally:
             for udp in received:
                 udp.close()
@@ -256,10 +256,15 @@ class Dock:
             raise FerryError("hold_refused", "The server called the hand-over off.")
         self._parked.set()
 
-    async def _adopt(self, connection: socket.socket) -> None:
+    def _adopt(self, connection: socket.socket, request: handover.Adopt) -> None:
         if self._answer is None or self._udp is None:
             raise FerryError("bad_request", "adopt came while there is nothing to adopt.")
         line = wire.encode(self._answer) + b"\n"
+        if request.id not in (None, self._answer.id):
+            # Whether that one's other copy serves is not ours to know: its own agent must wake it.
+            connection.send(line)
+            log.warning("adopt_refused", port=self._port, id=self._answer.id, held_for=request.id)
+            return
         # One small message into an empty stream socket: it is sent whole or not at all.
         socket.send_fds(connection, [line], [self._udp.fileno()])
         self._drop()
