@@ -80,7 +80,7 @@ class Server:
             self.armed = ""
         if self.moving == migration:
             self.moving = ""
-            self.over |= {migration}
+        self.over |= {migration}
 
     def adopt(self, migration: str, outcome: Literal["moved", "rolled_back"]) -> None:
         assert self.moving == migration, "one migration's socket for a server that another one holds"

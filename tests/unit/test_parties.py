@@ -175,6 +175,9 @@ class Parties(RuleBasedStateMachine):
         assert len(sockets) <= 1, "two copies hold a socket that sends"
         assert sockets == world.serving, "one runs without a socket, or stands still with one"
         assert any(world.berths.values()), "the server is gone"
+        called_off = {event.id for event in world.log.entries if isinstance(event, ev.Disarmed)}
+        armed = {server.armed for server in world.berths.values() if server is not None}
+        assert not armed & called_off, "armed again after it was called off"
         for number in range(1, self.asked + 1):
             self._one(f"m{number}")
 
