@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
 from quicferry.host.parking import Dock, queued_bytes, readable
 from quicferry.protocol import handover, wire
@@ -172,6 +173,43 @@ async def test_only_one_datagram_socket_is_taken(dock: Dock, udp: socket.socket)
                 assert await ended(unix) == b""
     assert not dock.parked
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_more_descriptors_than_are_due_are_refused_at_once(dock: Dock, udp: socket.socket) -> None:
+    """A few with each byte, while the line goes on: they would be kept until it ends."""
+    dock.expect(os.getpid())
+    before = len(os.listdir("/proc/self/fd"))
+    with capture_logs() as logged, visit(dock) as unix:
+        for _ in range(3):
+            with contextlib.suppress(BrokenPipeError):  # it has hung up already
+                socket.send_fds(unix, [b" "], [udp.fileno()])
+        assert await ended(unix) == b""
+    assert [line["error"].partition(":")[0] for line in logged] == ["bad_request"]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_descriptor_too_many_is_seen_although_the_kernel_drops_it(dock: Dock, udp: socket.socket) -> None:
+    dock.expect(os.getpid())
+    dock.offer(MOVED, udp.dup())
+    with capture_logs() as logged, visit(dock) as unix:
+        socket.send_fds(unix, [b'{"op":"adopt"}\n'], [udp.fileno()] * 2)
+        assert await ended(unix) == b""
+    assert [line["error"].partition(":")[0] for line in logged] == ["bad_request"]
+    assert dock.holds_socket
+
+
+async def test_a_descriptor_that_is_no_socket_is_closed(dock: Dock, udp: socket.socket) -> None:
+    dock.expect(os.getpid())
+    before = len(os.listdir("/proc/self/fd"))
+    with visit(dock) as unix:
+        file = os.open(os.devnull, os.O_RDONLY)
+        socket.send_fds(unix, [b'{"op":"adopt"}\n'], [file])
+        os.close(file)
+        assert await ended(unix) == b""
+    assert len(os.listdir("/proc/self/fd")) == before
+    with visit(dock) as unix:
+        park(unix, udp)
+    await parked(dock)
 
 
 async def test_who_got_in_before_parking_stopped_is_still_served(dock: Dock, udp: socket.socket) -> None:

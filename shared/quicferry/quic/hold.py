@@ -139,7 +139,7 @@ def _ask(name: str, migration: str | None) -> tuple[handover.Adopted, socket.soc
         received, fds = bytearray(), list[int]()
         try:
             agent.sendall(wire.encode(handover.Adopt(id=migration)) + b"\n")
-            while b"\n" not in received and len(received) <= handover.MAX_LINE_BYTES:
+            while b"\n" not in received and len(received) <= handover.MAX_LINE_BYTES and len(fds) <= 1:
                 data, more, _, _ = socket.recv_fds(agent, handover.MAX_LINE_BYTES, 4)
                 fds += more
                 if not data:
