@@ -143,11 +143,13 @@ class Parties(RuleBasedStateMachine):
     @rule(role=st.sampled_from(["checkpoint", "restore"]), again=st.booleans())
     def an_agent_dies(self, role: str, again: bool) -> None:
         self.world.agents[role].die()
-        self.world.agents[role].alive = again
+        if again:
+            self.world.agents[role].start()
 
     @rule(role=st.sampled_from(["checkpoint", "restore"]))
     def an_agent_starts(self, role: str) -> None:
-        self.world.agents[role].alive = True
+        if not self.world.agents[role].alive:
+            self.world.agents[role].start()
 
     @rule(who=st.integers(0, 1), again=st.booleans())
     def a_coordinator_dies(self, who: int, again: bool) -> None:
@@ -227,7 +229,8 @@ class Parties(RuleBasedStateMachine):
     def _calm(self) -> None:
         world = self.world
         for agent in world.agents.values():
-            agent.alive = True
+            if not agent.alive:
+                agent.start()
         for coordinator in world.coordinators:
             if not coordinator.alive:
                 coordinator.start()
