@@ -16,7 +16,7 @@ from quicferry import service
 from quicferry.bus.agent import Agent
 from quicferry.bus.settings import NatsSettings
 from quicferry.host import processes
-from quicferry.host.images import DEFAULT_ROOT, check_root
+from quicferry.host.images import DEFAULT_ROOT, Leftovers, check_root
 from quicferry.host.podman import Podman
 from quicferry.protocol.errors import FerryError
 from services.checkpoint_agent.steps import CheckpointSteps
@@ -34,7 +34,9 @@ async def work() -> None:
     try:
         steps = CheckpointSteps(podman, images, node)
         await refuse_own_pid_namespace(steps)
-        await Agent("checkpoint", node, steps.all(), close=steps.close, berths=steps.berths).run(settings)
+        leftovers = Leftovers(images, "source")
+        agent = Agent("checkpoint", node, steps.all(), close=steps.close, berths=steps.berths, leftovers=leftovers)
+        await agent.run(settings)
     finally:
         podman.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -40,9 +41,14 @@ CALL_SECONDS: Final = 3.0
 DISARM_SECONDS: Final = 1.0
 CALL_WAIT: Final = 0.2
 """Between two tries to reach somebody who is not there: agents and wrappers come back from restarts and moves."""
+LONGEST_CALL_WAIT: Final = 1.0
+"""It may take an hour until an agent is there again, and then every second counts: nobody serves."""
+CALL_WAIT_SHARE: Final = 1 / 15
+"""Of the time since the first try: it is the shortest wait for 3 s, and the longest from 15 s on."""
 CALLS_PER_NODE: Final = 16
 """Requests in flight to one node: a node that hangs holds up only itself."""
-WRITE_TRIES: Final = 100
+CACHE_TRIES: Final = 100
+"""To bring a bucket up to what the log says. Whoever leads next does it again; till then the log is asked as well."""
 FIRST_WAIT: Final = 0.1
 LONGEST_WAIT: Final = 2.0
 _UNHEARD: Final = ("no_answer", "nats_unreachable")
@@ -214,7 +220,7 @@ class Driver:
     ) -> None:
         """Call until it is taken, refused or no longer wanted; after ``seconds`` say in the log that it failed."""
         migration, attempt = state.request.id, command.attempt if isinstance(command, CallAgent) else 1
-        deadline = asyncio.get_running_loop().time() + seconds
+        began = asyncio.get_running_loop().time()
         told = False
         if not self._wanted(migration, command):
             return  # overtaken while we stood still: whoever did it may be done, and what we ask for would stay
@@ -230,7 +236,8 @@ class Driver:
             if not self._wanted(migration, command):
                 return
             unheard = error.code in (*_UNHEARD, "server_unarmed")
-            over = asyncio.get_running_loop().time() >= deadline
+            waited = asyncio.get_running_loop().time() - began
+            over = waited >= seconds
             if (over or not unheard) and not told:
                 log.warning("call_failed", id=migration, to=command.name, code=error.code, error=error.message)
                 event = ev.CallFailed(
@@ -240,7 +247,7 @@ class Driver:
                 told = True
             if not unheard or (told and (isinstance(command, ArmServer) or state.phase not in _PERSISTENT)):
                 return
-            await asyncio.sleep(CALL_WAIT)
+            await asyncio.sleep(min(max(CALL_WAIT, waited * CALL_WAIT_SHARE), LONGEST_CALL_WAIT))
 
     async def _decide(self, state: State, command: Decide) -> None:
         decision = _decision(state.request.id, command)
@@ -274,9 +281,12 @@ class Driver:
         write: Callable[[], Awaitable[None]],
         command: Command | None = None,
     ) -> None:
-        """Write to the log or a bucket, again and again while NATS is away and ``command`` is still wanted."""
+        """Write to the log for as long as ``command`` is wanted and this coordinator leads: nobody else would.
+
+        Without a ``command`` it is a bucket that is written, and that has an end.
+        """
         wait = FIRST_WAIT
-        for _ in range(WRITE_TRIES):
+        for tries in itertools.count(1):
             try:
                 await faults.at(f"coordinator.write.{what}")
                 self._permit()
@@ -291,11 +301,13 @@ class Driver:
                     log.debug("decided_elsewhere", id=migration, what=what)
                 else:
                     log.warning("write_failed", id=migration, what=what, code=error.code, error=error.message)
+            if command is None and tries == CACHE_TRIES:
+                log.error("write_given_up", id=migration, what=what, tries=tries)
+                return
             await asyncio.sleep(wait)
             wait = min(wait * 2, LONGEST_WAIT)
             if command is not None and not self._wanted(migration, command):
                 return
-        log.error("write_given_up", id=migration, what=what, tries=WRITE_TRIES)
 
 
 def _decision(migration: str, command: Decide) -> ev.Decision:

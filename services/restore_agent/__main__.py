@@ -16,7 +16,7 @@ from quicferry import service
 from quicferry.bus.agent import Agent
 from quicferry.bus.settings import NatsSettings
 from quicferry.host import processes
-from quicferry.host.images import DEFAULT_ROOT, check_root
+from quicferry.host.images import DEFAULT_ROOT, Leftovers, check_root
 from quicferry.host.podman import Podman
 from quicferry.protocol.errors import FerryError
 from services.restore_agent.steps import RestoreSteps
@@ -34,7 +34,8 @@ async def work() -> None:
     try:
         steps = RestoreSteps(podman, images)
         await refuse_own_pid_namespace(steps)
-        await Agent("restore", node, steps.all(), close=steps.close).run(settings)
+        agent = Agent("restore", node, steps.all(), close=steps.close, leftovers=Leftovers(images, "target"))
+        await agent.run(settings)
     finally:
         podman.close()
 

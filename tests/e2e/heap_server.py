@@ -46,7 +46,7 @@ async def main() -> None:
 
     def term() -> None:
         try:
-            back = hold.hold(udp, "any")
+            back = hold.hold(udp, "move-1")  # moves_by_hand.a_move's id
         except FerryError as error:
             print("refused", error.code, flush=True)
         else:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -14,10 +17,12 @@ from quicferry.bus.agent import Agent
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
 from quicferry.bus.settings import NatsSettings
+from quicferry.bus.tidying import UNKNOWN_AGE
+from quicferry.host.images import OURS, Images, Leftovers
 from quicferry.protocol import events, subjects
 from quicferry.protocol.agents import Accepted, AgentRequest
 from quicferry.protocol.api import Address, Berth, Place
-from quicferry.protocol.errors import FerryError
+from quicferry.protocol.errors import ErrorBody, FerryError
 from quicferry.protocol.events import AnyEvent
 from tests.conftest import NatsServer
 
@@ -71,7 +76,10 @@ def steps() -> Steps:
 
 @contextlib.asynccontextmanager
 async def running(
-    nats_server: NatsServer, steps: Steps, berths: Callable[[], Awaitable[list[Berth]]] | None = None
+    nats_server: NatsServer,
+    steps: Steps,
+    berths: Callable[[], Awaitable[list[Berth]]] | None = None,
+    leftovers: Leftovers | None = None,
 ) -> AsyncIterator[Agent]:
     made = Agent(
         "restore",
@@ -79,6 +87,7 @@ async def running(
         {verb: lambda _, verb=verb: steps.step(verb) for verb in subjects.RESTORE_VERBS},  # type: ignore[misc]
         close=steps.close,
         berths=berths,
+        leftovers=leftovers,
     )
     task = asyncio.create_task(made.run(NatsSettings.load(nats_server.url)))
     try:
@@ -247,3 +256,116 @@ def test_an_agent_without_a_verb_is_a_mistake() -> None:
     steps = Steps()
     with pytest.raises(ValueError, match="resume"):
         Agent("restore", "n1", {"prepare": lambda _: steps.step("prepare")}, close=steps.close)
+
+
+REASON = ErrorBody(code="cancelled", message="x")
+LAST: dict[str, list[events.Decision]] = {
+    "completed": [events.Committed(id="completed", at_ms=1), events.Completed(id="completed", at_ms=1, arrived=0)],
+    "rolled-back": [events.RolledBack(id="rolled-back", at_ms=1, reason=REASON)],
+    "failed": [events.Failed(id="failed", at_ms=1, reason=REASON)],
+    "begins": [events.Requested(id="begins", at_ms=1, service="echo", source=PLACE, target=PLACE, epoch=1)],
+    "serves": [events.Committed(id="serves", at_ms=1)],
+    "m1": [events.Committed(id="m1", at_ms=1)],
+}
+
+
+class Told(Leftovers):
+    """What a killed restore agent has left; says what is deleted."""
+
+    def __init__(self, root: Path, *migrations: str) -> None:
+        super().__init__(root, "target")
+        self.deleted: asyncio.Queue[str] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        for migration in migrations:
+            images = Images(root, migration, "target")
+            images.create()
+            (images.path / "pages-1.img").touch()
+
+    def delete(self, migration: str) -> None:
+        super().delete(migration)
+        self._loop.call_soon_threadsafe(self.deleted.put_nowait, migration)
+
+    async def next(self, count: int = 1) -> list[str]:
+        async with asyncio.timeout(WAIT):
+            return sorted([await self.deleted.get() for _ in range(count)])
+
+
+async def decide(event_log: EventLog, *decisions: events.Decision, after: int = 0) -> int:
+    """The last one's number."""
+    for decision in decisions:
+        after = await event_log.decide(decision, after=after)
+    return after
+
+
+async def test_what_a_killed_agent_left_is_deleted_once_its_migration_has_ended(
+    nats_server: NatsServer,
+    bus: Bus,
+    event_log: EventLog,
+    steps: Steps,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("quicferry.bus.tidying.AGAIN", 0.01)
+    root = tmp_path / "images"
+    leftovers = Told(root, *LAST, "unreadable", "unknown", "unknown-for-long")
+    Images(root, "completed", "source").create()  # the other agent's, which sees to it by itself
+    (root / "file").touch()
+    (root / "other").mkdir()
+    long_ago = time.time() - UNKNOWN_AGE - 10
+    os.utime(root / "unknown-for-long.target" / OURS, (long_ago, long_ago))
+    seqs = {name: await decide(event_log, *decisions) for name, decisions in LAST.items()}
+    await bus.js.publish(subjects.decision("unreadable"), b'{"kind":"decision.of_tomorrow"}')
+    async with running(nats_server, steps, leftovers=leftovers):
+        assert await leftovers.next(4) == ["completed", "failed", "rolled-back", "unknown-for-long"]
+        left = {"begins", "serves", "m1", "unreadable", "unknown"}
+        expected = {*left, *(f"{name}.target" for name in left), "completed.source", "file", "other"}
+        assert set(os.listdir(root)) == expected
+        Images(root, "later", "target").create()
+        await decide(event_log, events.Failed(id="later", at_ms=1, reason=REASON))
+        # A step of m1 runs here: it is not taken its images away, even if the log says that it is over.
+        await ask(bus, "restore")
+        await steps.running.wait()
+        for name in ("m1", "serves"):
+            await decide(event_log, events.Completed(id=name, at_ms=2, arrived=0), after=seqs[name])
+        assert await leftovers.next() == ["serves"]
+        assert (root / "m1").exists()
+        steps.go_on.set()
+        assert await leftovers.next() == ["m1"]
+    assert (root / "later").exists(), "what came after the start is somebody's at work"
+    assert not leftovers.deleted.qsize()
+
+
+async def test_a_log_that_cannot_be_read_deletes_nothing_and_ends_nothing(
+    nats_server: NatsServer,
+    bus: Bus,
+    event_log: EventLog,
+    steps: Steps,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("quicferry.bus.tidying.AGAIN", 0.01)
+    leftovers = Told(tmp_path / "images", "completed")
+    await decide(event_log, *LAST["completed"])
+    readable, tried, real = asyncio.Event(), asyncio.Event(), EventLog.newest_decision
+
+    async def newest(log: EventLog, migration: str) -> AnyEvent | None:
+        if not readable.is_set():
+            tried.set()
+            raise FerryError("nats_unreachable", "JetStream does not answer.")
+        return await real(log, migration)
+
+    monkeypatch.setattr(EventLog, "newest_decision", newest)
+    async with running(nats_server, steps, leftovers=leftovers):
+        async with asyncio.timeout(WAIT):
+            await tried.wait()
+        await ask(bus, "prepare")
+        assert (tmp_path / "images" / "completed").exists()
+        readable.set()
+        assert await leftovers.next() == ["completed"]
+
+
+async def test_a_root_that_is_gone_ends_nothing(
+    nats_server: NatsServer, bus: Bus, steps: Steps, tmp_path: Path
+) -> None:
+    async with running(nats_server, steps, leftovers=Leftovers(tmp_path / "nothing", "target")):
+        await ask(bus, "prepare")

@@ -69,6 +69,21 @@ async def test_a_decision_is_written_by_one(event_log: EventLog) -> None:
     await event_log.decide(ev.Prepared(id="m2", at_ms=1), after=0)  # nor do other migrations
 
 
+async def test_the_newest_decision(bus: Bus, event_log: EventLog) -> None:
+    assert await event_log.newest_decision("m1") is None
+    seq = await event_log.decide(ev.Prepared(id="m1", at_ms=1), after=0)
+    await event_log.append(timed_out(1))
+    await event_log.decide(ev.Committed(id="m2", at_ms=1), after=0)
+    assert await event_log.newest_decision("m1") == ev.Prepared(id="m1", at_ms=1)
+    await event_log.decide(ev.Committed(id="m1", at_ms=2), after=seq)
+    assert await event_log.newest_decision("m1") == ev.Committed(id="m1", at_ms=2)
+    for unreadable in (b"", b'{"kind":"decision.of_tomorrow","id":"m1","at_ms":3}'):
+        await bus.js.publish(subjects.decision("m1"), unreadable)
+        with pytest.raises(FerryError) as caught:
+            await event_log.newest_decision("m1")
+        assert caught.value.code == "log_unreadable"
+
+
 async def test_two_race_for_a_decision(event_log: EventLog) -> None:
     reason = ErrorBody(code="cancelled", message="x")
     results = await asyncio.gather(

@@ -120,6 +120,66 @@ async def test_a_decision_that_another_overtook_is_taken_while_it_is_wanted(
     assert refused_once == {"decision.prepared", "decision.completed"}
 
 
+async def test_what_the_log_refuses_for_long_is_written_in_the_end(
+    bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that was full: whatever the migration waits for is written once it can be, by the one that leads."""
+    refusals = Counter({"decision.prepared": 150, "coordinator.armed": 150, "coordinator.timeout": 150})
+    real = EventLog._publish
+
+    async def refusing(log: EventLog, event: ev.AnyEvent, headers: dict[str, str]) -> object:
+        if refusals[ev.kind(event)]:
+            refusals[ev.kind(event)] -= 1
+            raise FerryError("nats_unreachable", "JetStream refused: insufficient storage resources available.")
+        return await real(log, event, headers)
+
+    monkeypatch.setattr(EventLog, "_publish", refusing)
+    monkeypatch.setattr("services.coordinator.driver.FIRST_WAIT", 0.0)
+    async with coordinating(nats_server):
+        node.behave["restore.resume"] = "silent"
+        reply = await migrate(bus, options=replace(QUICK, phase_timeout_ms=1000))
+        await seen(event_log, reply.id, lambda event: isinstance(event, ev.TimedOut))
+        node.recover()
+        assert decisions(await ended(event_log, reply.id)) == HAPPY
+    assert not +refusals
+
+
+async def test_what_a_bucket_refused_is_written_by_the_next_leader(
+    bus: Bus,
+    event_log: EventLog,
+    registry: Registry,
+    node: Node,
+    nats_server: NatsServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refusing(*_: object) -> None:
+        raise FerryError("nats_unreachable", "JetStream refused.")
+
+    given_up: asyncio.Queue[str] = asyncio.Queue()
+
+    def hear(logger: object, level: str, line: MutableMapping[str, object]) -> MutableMapping[str, object]:
+        if line["event"] == "write_given_up":
+            given_up.put_nowait(str(line["what"]))
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[hear])
+    with monkeypatch.context() as patched:
+        patched.setattr("services.coordinator.driver.FIRST_WAIT", 0.0)
+        patched.setattr(Registry, "place", refusing)
+        patched.setattr(Registry, "unlock", refusing)
+        async with coordinating(nats_server):
+            assert decisions(await ended(event_log, (await migrate(bus)).id)) == HAPPY
+            async with asyncio.timeout(LIMIT):
+                assert {await given_up.get(), await given_up.get()} == {"place", "unlock"}
+    assert (await registry.placement("echo")).placement is None
+    assert await registry.lock_holder("echo")
+    async with coordinating(nats_server):
+        await unlocked(registry)
+        async with asyncio.timeout(LIMIT):
+            while (await registry.placement("echo")).placement is None:  # a bucket can only be asked
+                pass
+
+
 async def test_there_and_back_many_times(bus: Bus, event_log: EventLog, node: Node, coordinator: None) -> None:
     """At once after each end, when the berths' reports may still be those from before it."""
     for epoch in range(1, 11):

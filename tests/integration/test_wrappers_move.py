@@ -168,6 +168,27 @@ async def test_a_rollback_leaves_everybody_where_they_were(tls: Tls) -> None:
         assert await connection.migrations[-1].arrived(LIMIT) == "arrived"
 
 
+async def test_a_held_server_takes_no_socket_of_another_migration(tls: Tls) -> None:
+    """It could be the other copy's that serves: whoever is held waits for its own migration's end."""
+    async with ServerProcess.start(tls) as server, dial(tls, server.port) as connection:
+        with Agent(server.port) as agent:
+            target = parked()
+            port = target.getsockname()[1]
+            await server.arm("own", port)
+            server.signal(signal.SIGTERM)
+            _, source = await agent.take()
+            source.close()
+            server.signal(signal.SIGUSR2)
+            await agent.give(parked(), "another", "moved")
+            server.signal(signal.SIGUSR2)
+            asked = await agent.give(target, "own", "moved")
+            assert asked.id == "own", "it serves with another's socket, and takes any"
+        assert [event["outcome"] for event in await server.until("server.adopted")] == ["moved"]
+        assert await connection.migrations[-1].arrived(LIMIT) == "arrived"
+        assert connection.peer == f"127.0.0.1:{port}"
+        assert len(ip_sockets(server.process.pid)) == 1
+
+
 async def test_without_an_agent_the_move_is_called_off(tls: Tls) -> None:
     async with ServerProcess.start(tls) as server, dial(tls, server.port) as connection:
         with parked() as target:

@@ -202,12 +202,13 @@ class Agent:
         sock = socket.socket(fileno=fds[0])
         return park, sock
 
-    async def give(self, sock: socket.socket, migration: str, outcome: Any, *, epoch: int = 1) -> None:
-        """Answer the server's ``adopt`` with ``sock``, which is closed here."""
+    async def give(self, sock: socket.socket, migration: str, outcome: Any, *, epoch: int = 1) -> handover.Adopt:
+        """Answer the server's ``adopt``, which is returned, with ``sock``, which is closed here."""
         connection = await self._accept()
         with connection, sock:
             data = await asyncio.to_thread(connection.recv, handover.MAX_LINE_BYTES)
-            assert isinstance(wire.decode(data.rstrip(b"\n"), handover.Request), handover.Adopt)
+            asked = wire.decode(data.rstrip(b"\n"), handover.Request)
+            assert isinstance(asked, handover.Adopt)
             host, port = sock.getsockname()
             adopted = handover.Adopted(
                 id=migration,
@@ -218,6 +219,7 @@ class Agent:
                 epoch=epoch,
             )
             socket.send_fds(connection, [wire.encode(adopted) + b"\n"], [sock.fileno()])
+        return asked
 
     async def _accept(self) -> socket.socket:
         async with asyncio.timeout(LIMIT):

@@ -1,7 +1,8 @@
 """All parties of many migrations as a model: berths, server, agents, coordinators and the log between them.
 
 Only the state machine is the real one. The rest does, without time and without I/O, what these do: services/*/,
-shared/quicferry/bus/agent.py and bus/log.py, host/source.py and host/target.py, quic/mover.py and quic/hold.py.
+shared/quicferry/bus/agent.py, bus/log.py and bus/tidying.py, host/source.py and host/target.py, quic/mover.py and
+quic/hold.py.
 Steps are generators: whatever yields can be overtaken, cancelled or killed there.
 """
 
@@ -21,6 +22,7 @@ from quicferry.protocol.errors import ErrorBody
 
 Step = Generator[str, None, None]
 """Yields ``go`` where others may come between, ``wait`` where it can't go on yet."""
+ENDS = {"completed", "rolled_back", "failed"}
 PERSISTENT = (Phase.RESUMING, Phase.ABORTING)
 BERTHS = {name: Berth(node="n", berth=name, address=Address(host="127.0.0.1", port=1)) for name in "ab"}
 
@@ -80,7 +82,7 @@ class Server:
             self.armed = ""
         if self.moving == migration:
             self.moving = ""
-            self.over |= {migration}
+        self.over |= {migration}
 
     def adopt(self, migration: str, outcome: Literal["moved", "rolled_back"]) -> None:
         assert self.moving == migration, "one migration's socket for a server that another one holds"
@@ -209,22 +211,32 @@ class Agent:
         self.alive = True
         self.runs: dict[tuple[str, str, int], Run] = {}
         self.sides: dict[str, Side] = {}
+        self.found: set[str] = set()
         self.unpublished: list[ev.AnyEvent] = []
 
     def die(self) -> None:
         """SIGKILL. What CRIU held goes on, mute."""
         for side in [*self.sides.values(), *self._loose()]:
             self.world.close(side)
-        for run in self.runs.values():
-            if run.running and run.key[1] == "resume" and run.events:
-                # Nobody comes back for these: what is left of a killed agent's last step is for `clean`.
-                self.world.images.pop(run.key[0], None)
-                self.world.begun.discard(run.key[0])
         self.world.killed += self.runs.values()
         self.runs.clear()
         self.sides.clear()
         self.unpublished.clear()
         self.alive = False
+
+    def start(self) -> None:
+        """bus/tidying.py: the images that are there now go when their migrations have ended."""
+        self.alive = True
+        self.found = set(self.world.images) if self.role == "restore" else set()
+
+    def _tidy(self, migration: str) -> None:
+        self.found.discard(migration)
+        self.world.images.pop(migration, None)
+        self.world.begun.discard(migration)
+
+    def _may_tidy(self, migration: str) -> bool:
+        busy = any(run.running for run in self.runs.values() if run.key[0] == migration)
+        return not busy and bool(ENDS & set(self.world.log.decisions(migration)))
 
     def _loose(self) -> list[Side]:
         """Sides that a running step has opened and not handed on yet."""
@@ -257,6 +269,8 @@ class Agent:
         found: list[Callable[[], None]] = []
         if self.unpublished:
             found.append(lambda: self.world.log.append(self.unpublished.pop(0)))
+        over = [migration for migration in sorted(self.found) if self._may_tidy(migration)]
+        found += [lambda migration=migration: self._tidy(migration) for migration in over]  # type: ignore[misc]
         for run in self.runs.values():
             waits = run.key[1] != "abort" and any(other.running for other in run.before)
             if run.running and not waits and self._ready(run):
@@ -520,14 +534,17 @@ class Coordinator:
         self.last: dict[str, int] = {}
         self.tasks: list[Task] = []
         self.timers: dict[str, StartTimer] = {}
-        while self.read < len(self.world.log.entries):
-            self._take()
+        self.catch_up()
         self.tasks.clear()
         self.timers.clear()
         for state in self.states.values():
             if state.outcome is None:
                 for command in outstanding(state):
                     self._give(state, command)
+
+    def catch_up(self) -> None:
+        while self.read < len(self.world.log.entries):
+            self._take()
 
     def die(self) -> None:
         self.alive = False
@@ -590,7 +607,7 @@ class Coordinator:
     def ask(self, task: Task) -> None:
         """Raises StepError when nobody takes it."""
         request, command = task.state.request, task.command
-        if {"completed", "rolled_back", "failed"} & set(self.world.log.decisions(request.id)):
+        if ENDS & set(self.world.log.decisions(request.id)):
             # A limit of the whole: a coordinator that wakes up long after another one has finished, and finds an
             # agent that was restarted since, would open what nobody closes.
             raise StepError("too_late")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from msgspec.structs import replace
 
 from quicferry.protocol import handover, wire
 from quicferry.protocol.api import Address
@@ -27,6 +28,7 @@ LINE = wire.encode(ADOPTED) + b"\n"
 def test_the_lines_as_the_agents_see_them() -> None:
     assert wire.encode(handover.Park(id="m")) == b'{"op":"park","id":"m"}'
     assert wire.encode(handover.Adopt()) == b'{"op":"adopt"}'
+    assert wire.encode(handover.Adopt(id="m")) == b'{"op":"adopt","id":"m"}'
     assert wire.decode(b'{"op":"adopt"}', handover.Request) == handover.Adopt()
     assert wire.decode(LINE.strip(), handover.Adopted) == ADOPTED
     assert handover.socket_name(4242) == "\0quicferry.parking.4242"
@@ -82,7 +84,7 @@ def open_fds() -> Iterator[None]:
 @pytest.mark.usefixtures("open_fds")
 def test_a_good_answer() -> None:
     with udp() as given, BadAgent(send(given)) as agent:
-        adopted, sock = hold._ask(agent.name)
+        adopted, sock = hold._ask(agent.name, "m")
         with sock:
             assert adopted == ADOPTED
             assert sock.getsockname() == given.getsockname()
@@ -95,7 +97,7 @@ def test_a_good_answer_in_pieces() -> None:
         connection.sendall(LINE[20:])
 
     with udp() as given, BadAgent(answer) as agent:
-        adopted, sock = hold._ask(agent.name)
+        adopted, sock = hold._ask(agent.name, "m")
         sock.close()
         assert adopted == ADOPTED
 
@@ -116,8 +118,27 @@ def test_a_good_answer_in_pieces() -> None:
 )
 def test_bad_answers_are_refused_and_leak_nothing(answer: Callable[[socket.socket], None], reason: str) -> None:
     with BadAgent(answer) as agent, pytest.raises(FerryError, match=reason) as caught:
-        hold._ask(agent.name)
+        hold._ask(agent.name, "m")
     assert caught.value.code == "hold_refused"
+
+
+@pytest.mark.usefixtures("open_fds")
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_anothers_socket_is_refused_and_closed(count: int) -> None:
+    """An agent that can't tell sends the socket; one that can, the line alone."""
+    others = wire.encode(replace(ADOPTED, id="m2")) + b"\n"
+    with udp() as given, BadAgent(send(*[given] * count, line=others)) as agent:
+        with pytest.raises(FerryError, match="another migration, m2") as caught:
+            hold._ask(agent.name, "m")
+        assert caught.value.code == "hold_refused"
+
+
+@pytest.mark.usefixtures("open_fds")
+def test_a_server_that_serves_takes_any_socket() -> None:
+    with udp() as given, BadAgent(send(given)) as agent:
+        adopted, sock = hold._ask(agent.name, None)
+        sock.close()
+        assert adopted == ADOPTED
 
 
 async def test_a_refused_hold_leaves_everything_as_it_was() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from quicferry.host import images as module
-from quicferry.host.images import Images, Manifest, on_tmpfs
+from quicferry.host.images import OURS, Images, Leftovers, Manifest, on_tmpfs
 from quicferry.protocol import wire
 from quicferry.protocol.errors import FerryError
 
@@ -79,6 +80,48 @@ def test_each_side_removes_the_images_and_its_own_work_only(images: Images) -> N
     other.remove()
     assert os.listdir(images.root) == []
     assert not other.marked("restore-begun")
+
+
+def test_leftovers_are_one_sides_own_and_nothing_else(images: Images) -> None:
+    root = images.root
+    (root / "m2").mkdir()
+    (root / "m3.target").mkdir()  # somebody else's, by such a name
+    (root / "m4.target").touch()
+    (root / "m.5.target").mkdir()
+    (root / "m.5.target" / OURS).touch()
+    (root / "m7.target").symlink_to(images.work)
+    theirs = sorted(os.listdir(root))
+    for name in ("m1", "m6"):
+        Images(root, name, "target").create()
+    os.utime(root / "m6.target" / OURS, (0, time.time() - 100))
+    leftovers = Leftovers(root, "target")
+    ages = leftovers.migrations()
+    assert sorted(ages) == ["m1", "m6"]
+    assert ages["m1"] < 50 < 100 <= ages["m6"]
+    Images(root, "m6", "target").create()
+    assert leftovers.migrations()["m6"] < 50, "begun again"
+    for name in ages:
+        (root / name / "pages-1.img").touch()
+        leftovers.delete(name)
+        leftovers.delete(name)
+    assert sorted(os.listdir(root)) == [name for name in theirs if name != "m1"]
+    assert list(Leftovers(root, "source").migrations()) == ["m1"]
+
+
+def test_both_sides_may_delete_the_images_at_once(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one of them has listed the other deletes; what is left must go all the same."""
+    for number in range(3):
+        (images.path / f"pages-{number}.img").touch()
+    real, ahead = os.unlink, iter([True])
+
+    def unlink(path: str, **options: int) -> None:
+        if next(ahead, False):
+            real(path, **options)
+        real(path, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    images.remove()
+    assert os.listdir(images.root) == []
 
 
 def test_a_tmpfs_is_told_from_a_disk() -> None:

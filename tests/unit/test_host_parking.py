@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
-from quicferry.host.parking import Dock, queued_bytes
+from quicferry.host.parking import Dock, queued_bytes, readable
 from quicferry.protocol import handover, wire
 from quicferry.protocol.api import Address
 
@@ -110,6 +111,24 @@ async def test_a_parked_socket_is_handed_out_once_queue_and_all(dock: Dock, udp:
     assert not dock.holds_socket
 
 
+async def test_who_is_held_for_another_migration_gets_no_socket(dock: Dock, udp: socket.socket) -> None:
+    dock.expect(os.getpid())
+    dock.offer(MOVED, udp.dup())
+    with visit(dock) as unix:
+        unix.send(wire.encode(handover.Adopt(id="m2")) + b"\n")
+        await readable(unix)
+        line, fds, _, _ = socket.recv_fds(unix, 4096, 1)
+    assert (wire.decode(line, handover.Adopted), fds) == (MOVED, [])
+    assert dock.holds_socket
+    with visit(dock) as unix:
+        unix.send(wire.encode(handover.Adopt(id="m1")) + b"\n")
+        async with asyncio.timeout(10):
+            await dock.wait_adopted()
+        _, fds, _, _ = socket.recv_fds(unix, 4096, 1)
+    with socket.socket(fileno=fds[0]) as adopted:
+        assert adopted.getsockname() == udp.getsockname()
+
+
 async def test_nobody_else_may_park_or_adopt(dock: Dock, udp: socket.socket) -> None:
     dock.offer(MOVED, udp.dup())
     for expected in (0, os.getpid() + 1):
@@ -154,6 +173,43 @@ async def test_only_one_datagram_socket_is_taken(dock: Dock, udp: socket.socket)
                 assert await ended(unix) == b""
     assert not dock.parked
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_more_descriptors_than_are_due_are_refused_at_once(dock: Dock, udp: socket.socket) -> None:
+    """A few with each byte, while the line goes on: they would be kept until it ends."""
+    dock.expect(os.getpid())
+    before = len(os.listdir("/proc/self/fd"))
+    with capture_logs() as logged, visit(dock) as unix:
+        for _ in range(3):
+            with contextlib.suppress(BrokenPipeError):  # it has hung up already
+                socket.send_fds(unix, [b" "], [udp.fileno()])
+        assert await ended(unix) == b""
+    assert [line["error"].partition(":")[0] for line in logged] == ["bad_request"]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_descriptor_too_many_is_seen_although_the_kernel_drops_it(dock: Dock, udp: socket.socket) -> None:
+    dock.expect(os.getpid())
+    dock.offer(MOVED, udp.dup())
+    with capture_logs() as logged, visit(dock) as unix:
+        socket.send_fds(unix, [b'{"op":"adopt"}\n'], [udp.fileno()] * 2)
+        assert await ended(unix) == b""
+    assert [line["error"].partition(":")[0] for line in logged] == ["bad_request"]
+    assert dock.holds_socket
+
+
+async def test_a_descriptor_that_is_no_socket_is_closed(dock: Dock, udp: socket.socket) -> None:
+    dock.expect(os.getpid())
+    before = len(os.listdir("/proc/self/fd"))
+    with visit(dock) as unix:
+        file = os.open(os.devnull, os.O_RDONLY)
+        socket.send_fds(unix, [b'{"op":"adopt"}\n'], [file])
+        os.close(file)
+        assert await ended(unix) == b""
+    assert len(os.listdir("/proc/self/fd")) == before
+    with visit(dock) as unix:
+        park(unix, udp)
+    await parked(dock)
 
 
 async def test_who_got_in_before_parking_stopped_is_still_served(dock: Dock, udp: socket.socket) -> None:

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quicferry.migration.commands import ArmServer, CallAgent, Command, Decide, Place, StartTimer, StopTimer, Unlock
-from quicferry.migration.machine import ABORT_ATTEMPTS, RESUME_ATTEMPTS, Phase, State, handle, outstanding, wanted
+from quicferry.migration.machine import Phase, State, handle, outstanding, wanted
+from quicferry.migration.retries import ABORT_ATTEMPTS, RESUME_ATTEMPTS, UNSERVED_ATTEMPTS, last_attempt
 from quicferry.protocol import events as ev
 from quicferry.protocol.api import Address, Options
 from quicferry.protocol.api import Place as Berth
@@ -134,26 +135,98 @@ def test_images_must_be_equal() -> None:
     assert state.reason.code == "image_mismatch"
 
 
-def test_an_abort_that_hangs_is_tried_again_and_ends() -> None:
-    state, _ = run(*DUMPED, FAILURES[0])
-    for attempt in range(1, ABORT_ATTEMPTS):
-        state, commands = handle(state, ev.TimedOut(**BASE, phase="aborting", attempt=attempt))
-        assert "checkpoint.abort" in names(commands)
-        assert "restore.abort" in names(commands)
-    state, commands = handle(state, ev.TimedOut(**BASE, phase="aborting", attempt=ABORT_ATTEMPTS))
-    assert names(commands) == ["failed", "StopTimer"]
+def in_vain(state: State, commands: list[Command]) -> tuple[State, list[tuple[float, list[str]]], list[Command]]:
+    """Let every attempt of the phase time out: the state then, each attempt's wait and calls, the last commands."""
+    waits = []
+    while timers := [command for command in commands if isinstance(command, StartTimer)]:
+        waits.append((timers[0].seconds, [name for name in names(commands) if "." in name]))
+        timed_out = ev.TimedOut(**BASE, phase=state.phase.value, attempt=state.attempt)
+        state, commands = handle(state, timed_out)
+        assert handle(state, timed_out)[0] == state, "the same timeout twice"
+    return state, waits, commands
 
 
-def test_a_resume_that_hangs_is_tried_again() -> None:
+def reason(commands: list[Command]) -> ErrorBody:
+    """Why it failed."""
+    (failed, _) = commands
+    assert isinstance(failed, Decide)
+    assert (failed.decision, commands[1:]) == ("failed", [StopTimer()])
+    assert failed.reason is not None
+    return failed.reason
+
+
+HOUR = 3600.0
+
+
+@pytest.mark.parametrize("before", [ARMED, ACKED, HELD, DUMPED])
+def test_an_abort_that_nobody_takes_goes_on_for_an_hour_and_ends(before: tuple[ev.AnyEvent, ...]) -> None:
+    """An agent that is away: without it, what stands still is not brought back."""
+    _, waits, commands = in_vain(*run(*before, FAILURES[0]))
+    assert [calls for _, calls in waits] == [["restore.abort", "checkpoint.abort"]] * UNSERVED_ATTEMPTS
+    seconds = [wait for wait, _ in waits]
+    assert seconds[:3] == [5, 10, 15]
+    assert seconds == sorted(seconds)
+    assert max(seconds) == 60
+    assert 0.9 * HOUR < sum(seconds) < 1.2 * HOUR
+    why = reason(commands)
+    assert why.code == "nobody_serves"
+    assert ("stands still in berth n/a" if HELD[-1] in before else "may stand still in berth n/a") in why.message
+    assert ERROR.message in why.message
+    assert "restart" in why.hint
+
+
+@pytest.mark.parametrize("before", [(), PREPARED])
+def test_an_abort_while_the_server_serves_is_given_up_soon(before: tuple[ev.AnyEvent, ...]) -> None:
+    """It was not armed, so it does not stand still: nobody need wait for an agent that is not there."""
+    _, waits, commands = in_vain(*run(*before, FAILURES[0]))
+    assert [seconds for seconds, _ in waits] == [5] * ABORT_ATTEMPTS
+    assert reason(commands) == ERROR
+
+
+@pytest.mark.parametrize("vain", [0, 50])
+def test_an_abort_is_given_up_soon_once_the_source_is_back(vain: int) -> None:
+    state, commands = run(*DUMPED, FAILURES[0])
+    for attempt in range(1, vain + 1):
+        state, _ = handle(state, ev.TimedOut(**BASE, phase="aborting", attempt=attempt))
+    state, commands = handle(state, ev.SourceBack(**BASE))
+    assert last_attempt(state) == vain + 1 + ABORT_ATTEMPTS
+    if vain:  # not what was left of a long wait
+        assert commands == [StartTimer(phase="aborting", seconds=5, attempt=vain + 1)]
+    _, waits, commands = in_vain(state, wanted(state))
+    assert [calls for _, calls in waits] == [["restore.abort"]] * (ABORT_ATTEMPTS + 1)
+    assert reason(commands) == ERROR
+
+
+@pytest.mark.parametrize(("limit_ms", "first"), [(10_000, [10, 10, 10, 15]), (300, [0.3, 5, 10, 15])])
+def test_a_resume_that_nobody_takes_goes_on_for_an_hour_and_ends(limit_ms: int, first: list[float]) -> None:
     """The source is kept until it has worked, or until nothing is left to try."""
-    state, _ = run(*COMMITTED)
-    for attempt in range(1, RESUME_ATTEMPTS - 1):
-        state, commands = handle(state, ev.TimedOut(**BASE, phase="resuming", attempt=attempt))
-        assert names(commands) == ["restore.resume", "StartTimer"]
-    state, commands = handle(state, ev.TimedOut(**BASE, phase="resuming", attempt=RESUME_ATTEMPTS - 1))
-    assert names(commands) == ["restore.resume", "checkpoint.release", "StartTimer"]
-    state, commands = handle(state, ev.TimedOut(**BASE, phase="resuming", attempt=RESUME_ATTEMPTS))
-    assert names(commands) == ["failed", "StopTimer"]
+    _, waits, commands = in_vain(*run(*COMMITTED, phase_timeout_ms=limit_ms))
+    seconds = [wait for wait, _ in waits]
+    assert seconds[:4] == first
+    assert 0.9 * HOUR < sum(seconds) < 1.2 * HOUR
+    *others, last = [calls for _, calls in waits]
+    assert others == [["restore.resume"]] * (UNSERVED_ATTEMPTS - 1)
+    assert last == ["restore.resume", "checkpoint.release"]
+    why = reason(commands)
+    assert why.code == "nobody_serves"
+    assert "serve in berth n/b" in why.message
+    assert "still in berth n/a" in why.message
+
+
+def test_a_source_that_nobody_ends_is_given_up_soon_while_the_target_serves() -> None:
+    state, _ = run(*RESUMED[:-1])
+    _, waits, commands = in_vain(state, wanted(state))
+    assert [calls for _, calls in waits] == [["checkpoint.release"]] * (RESUME_ATTEMPTS + 1)
+    assert {seconds for seconds, _ in waits} == {10}
+    why = reason(commands)
+    assert (why.code, "serves in berth n/b" in why.message) == ("phase_timeout", True)
+    assert "n/a" in why.hint
+
+
+def test_waits_as_long_as_its_request_allows() -> None:
+    """A limit above the longest wait is the wait."""
+    _, waits, _ = in_vain(*run(*COMMITTED, phase_timeout_ms=90_000))
+    assert {seconds for seconds, _ in waits} == {90}
 
 
 def test_pre_copy_rounds_end_when_told_when_small_and_when_growing() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quicferry.migration.commands import ArmServer, CallAgent, Command, Decide, Place, StartTimer, Unlock
-from quicferry.migration.machine import ABORT_ATTEMPTS, RESUME_ATTEMPTS, Phase, State, handle, outstanding
+from quicferry.migration.machine import Phase, State, handle, outstanding
+from quicferry.migration.retries import ABORT_ATTEMPTS, RESUME_ATTEMPTS, last_attempt
 from quicferry.protocol import events as ev
 from quicferry.protocol.errors import ErrorBody
 from tests.effort import examples
@@ -127,6 +128,15 @@ class Migration(RuleBasedStateMachine):
         assert self.timer is not None
         timer, self.timer = self.timer, None
         self._say(ev.TimedOut(**BASE, phase=timer.phase, attempt=timer.attempt))
+
+    @precondition(lambda self: self.state is not None and self.state.phase in LAST_PHASES)
+    @rule(short_of_the_end=st.integers(0, 2))
+    def nobody_comes_for_long(self, short_of_the_end: int) -> None:
+        """An agent is down for all of the hour that it is waited for, or a little less."""
+        while self.state is not None and self.timer is not None and self.state.phase in LAST_PHASES:
+            if self.state.attempt > last_attempt(self.state) - short_of_the_end:
+                return
+            self.time_is_up()
 
     @rule()
     def somebody_cancels(self) -> None:
@@ -333,12 +343,14 @@ class Migration(RuleBasedStateMachine):
                 self.time_is_up()
         assert self.unlocked, "it does not end"
         assert self.state is not None
+        alive = [self.source == "serving", self.target == "serving"]
         if self.state.gave_up:
             # All its attempts were used up before the faults stopped; a person is told.
             tries = [event for event in self.log if isinstance(event, ev.TimedOut) and event.phase in LAST_PHASES]
             assert len(tries) >= min(ABORT_ATTEMPTS, RESUME_ATTEMPTS)
+            assert self.state.reason is not None
+            assert sum(alive) == 1 or self.state.reason.code == "nobody_serves"
             return
-        alive = [self.source == "serving", self.target == "serving"]
         assert sum(alive) == 1, (self.source, self.target, self.state.outcome)
         assert (self.target == "serving") == (self.state.outcome == "completed")
         if self.target == "serving":

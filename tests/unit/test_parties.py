@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from quicferry.migration.commands import ArmServer, CallAgent
-from quicferry.migration.machine import ABORT_ATTEMPTS, RESUME_ATTEMPTS, Phase, State, handle
+from quicferry.migration.machine import Phase, State, handle
 from quicferry.migration.replay import replay
+from quicferry.migration.retries import last_attempt
 from quicferry.protocol import events as ev
 from tests.effort import examples
 from tests.unit.parties import Coordinator, StepError, Task, World
 
 TURNS_TO_THE_END = 3000
-SPARE_ATTEMPTS = {Phase.ABORTING: ABORT_ATTEMPTS - 2, Phase.RESUMING: RESUME_ATTEMPTS - 4}
+SPARE_ATTEMPTS = {Phase.ABORTING: 2, Phase.RESUMING: 4}
 """Time passes no further while there are faults: what is tested is that it ends well when they stop."""
 
 
@@ -79,8 +80,17 @@ class Parties(RuleBasedStateMachine):
         if coordinator.timers:
             migration = sorted(coordinator.timers)[number % len(coordinator.timers)]
             state = _state(self.world, migration)
-            if state.attempt < SPARE_ATTEMPTS.get(state.phase, 99):
+            if state.phase not in SPARE_ATTEMPTS or _may_go_on(state):
                 coordinator.fire(migration)
+
+    @rule(who=st.integers(0, 1))
+    def nobody_comes_for_long(self, who: int) -> None:
+        """An agent is down for most of the hour that it is waited for."""
+        coordinator = self.world.coordinators[who]
+        for migration in sorted(coordinator.timers):
+            while migration in coordinator.timers and _may_go_on(_state(self.world, migration)):
+                coordinator.fire(migration)
+                coordinator.catch_up()
 
     @rule(role=st.sampled_from(["checkpoint", "restore"]))
     def a_step_has_waited_too_long(self, role: str) -> None:
@@ -133,11 +143,13 @@ class Parties(RuleBasedStateMachine):
     @rule(role=st.sampled_from(["checkpoint", "restore"]), again=st.booleans())
     def an_agent_dies(self, role: str, again: bool) -> None:
         self.world.agents[role].die()
-        self.world.agents[role].alive = again
+        if again:
+            self.world.agents[role].start()
 
     @rule(role=st.sampled_from(["checkpoint", "restore"]))
     def an_agent_starts(self, role: str) -> None:
-        self.world.agents[role].alive = True
+        if not self.world.agents[role].alive:
+            self.world.agents[role].start()
 
     @rule(who=st.integers(0, 1), again=st.booleans())
     def a_coordinator_dies(self, who: int, again: bool) -> None:
@@ -165,6 +177,9 @@ class Parties(RuleBasedStateMachine):
         assert len(sockets) <= 1, "two copies hold a socket that sends"
         assert sockets == world.serving, "one runs without a socket, or stands still with one"
         assert any(world.berths.values()), "the server is gone"
+        called_off = {event.id for event in world.log.entries if isinstance(event, ev.Disarmed)}
+        armed = {server.armed for server in world.berths.values() if server is not None}
+        assert not armed & called_off, "armed again after it was called off"
         for number in range(1, self.asked + 1):
             self._one(f"m{number}")
 
@@ -214,7 +229,8 @@ class Parties(RuleBasedStateMachine):
     def _calm(self) -> None:
         world = self.world
         for agent in world.agents.values():
-            agent.alive = True
+            if not agent.alive:
+                agent.start()
         for coordinator in world.coordinators:
             if not coordinator.alive:
                 coordinator.start()
@@ -255,6 +271,12 @@ class Parties(RuleBasedStateMachine):
         assert not any(agent.sides for agent in world.agents.values())
 
 
+def _may_go_on(state: State) -> bool:
+    """Whether its abort or resume has attempts to spare."""
+    spare = SPARE_ATTEMPTS.get(state.phase)
+    return spare is not None and state.attempt < last_attempt(state) - spare
+
+
 def _state(world: World, migration: str) -> State:
     state = None
     for event in world.log.entries:
@@ -275,6 +297,7 @@ FAULTS: tuple[tuple[str, dict[str, tuple[object, ...]]], ...] = (
     ("a_move_is_asked_for", {"who": (0, 1), "rounds": (0, 0, 2)}),
     ("somebody_cancels", {"back": (0, 1, 2)}),
     ("a_timer_fires", {"who": (0, 1), "number": (0, 1)}),
+    ("nobody_comes_for_long", {"who": (0, 1)}),
     ("a_step_has_waited_too_long", {"role": ("checkpoint", "restore")}),
     ("message_ids_are_forgotten", {}),
     ("a_call_fails", {"who": (0, 1), "number": (0, 1, 2), "taken": (True, False)}),

@@ -17,7 +17,7 @@ from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
 from quicferry.protocol import events as ev
 from quicferry.protocol import subjects
-from quicferry.protocol.agents import ArmReply, ArmRequest
+from quicferry.protocol.agents import ARE_YOU_THERE, ArmReply
 from quicferry.protocol.api import MigrateReply, MigrateRequest, Placement, ServicesReply, ServicesRequest
 from quicferry.protocol.errors import FerryError
 
@@ -87,8 +87,7 @@ class Ferry:
         And whether it is where the placement says, which after a new start may be that of the old one.
         Raises FerryError.
         """
-        nothing = ArmRequest(id="are-you-there", epoch=0)  # calls off a move that nobody armed
-        await self._bus.request(subjects.arm(self._service), nothing, ArmReply, timeout=5)
+        await self._bus.request(subjects.arm(self._service), ARE_YOU_THERE, ArmReply, timeout=5)
         async with self._dial(placement, DIAL_SECONDS):
             return True
 

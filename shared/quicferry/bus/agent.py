@@ -21,6 +21,7 @@ from quicferry.bus.endpoints import Endpoint, serve
 from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
 from quicferry.bus.settings import NatsSettings
+from quicferry.bus.tidying import Leftovers, tidy
 from quicferry.protocol import subjects
 from quicferry.protocol.agents import Accepted, AgentRequest
 from quicferry.protocol.api import Berth, Options
@@ -74,7 +75,8 @@ class Agent:
     """The checkpoint or the restore agent of one node.
 
     ``steps``: one for each of the role's verbs. ``abort`` cancels what runs of the same migration, every other
-    step waits for it. ``berths``: what to report to the registry; ``close``: let go of everything at the end.
+    step waits for it. ``berths``: what to report to the registry; ``close``: let go of everything at the end;
+    ``leftovers``: what an agent before this one, killed, may not have deleted.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Agent:
         *,
         close: Callable[[], Awaitable[None]],
         berths: Callable[[], Awaitable[list[Berth]]] | None = None,
+        leftovers: Leftovers | None = None,
     ) -> None:
         verbs = subjects.CHECKPOINT_VERBS if role == "checkpoint" else subjects.RESTORE_VERBS
         if set(steps) != set(verbs):
@@ -94,6 +97,7 @@ class Agent:
         self._steps = steps
         self._close = close
         self._berths = berths
+        self._leftovers = leftovers
         self._runs: dict[Key, _Run] = {}
         self._unpublished: asyncio.Queue[AnyEvent] = asyncio.Queue(MAX_UNPUBLISHED)
         self._look = asyncio.Event()
@@ -118,6 +122,8 @@ class Agent:
                     async with self._served(bus):
                         log.info("agent_ready", role=self._role, node=self._node)
                         self._ready.set()
+                        if self._leftovers is not None:
+                            group.create_task(tidy(event_log, self._leftovers, self._works_on), name="tidy")
                         try:
                             await asyncio.Event().wait()
                         finally:
@@ -208,6 +214,9 @@ class Agent:
         # When the queue is full, NATS is away; the next repeat will do.
         with contextlib.suppress(asyncio.QueueFull):
             self._unpublished.put_nowait(event)
+
+    def _works_on(self, migration: str) -> bool:
+        return any(run.running for (other, _, _), run in self._runs.items() if other == migration)
 
     async def _publish(self, event_log: EventLog) -> None:
         while True:

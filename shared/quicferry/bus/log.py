@@ -95,9 +95,23 @@ class EventLog:
                 raise _refused(error) from error
         # Either another coordinator was first, or it is our own, whose answer was lost on the way.
         newest = await self._newest_decision(event.id)
-        if newest is None or newest.event != event:
+        entry = newest and _decode(*newest)
+        if entry is None or entry.event != event:
             raise FerryError("log_conflict", f"The log of {event.id} already has another decision.")
-        return newest.seq
+        return entry.seq
+
+    async def newest_decision(self, migration: str) -> AnyEvent | None:
+        """None when the log knows nothing of the migration.
+
+        Raises FerryError ``log_unreadable`` when the decision is of no form known here, and those of ``Bus.within``.
+        """
+        newest = await self._newest_decision(migration)
+        if newest is None:
+            return None
+        entry = _decode(*newest)
+        if entry is None:
+            raise FerryError("log_unreadable", f"The newest decision about {migration} can't be read.")
+        return entry.event
 
     async def read(self, migration: str) -> list[Entry]:
         """The whole history of one migration, in order; empty if there is none."""
@@ -165,16 +179,18 @@ class EventLog:
             wait *= 3
         raise AssertionError("unreachable")
 
-    async def _newest_decision(self, migration: str) -> Entry | None:
-        subject = f"{self._bus.settings.jetstream_prefix}.DIRECT.GET.{subjects.LOG_STREAM}"
+    async def _newest_decision(self, migration: str) -> tuple[str, bytes, int] | None:
+        """Subject, data and number."""
+        decision = subjects.decision(migration)
+        subject = f"{self._bus.settings.jetstream_prefix}.DIRECT.GET.{subjects.LOG_STREAM}.{decision}"
         async with self._bus.within(PUBLISH_SECONDS, subject, "reading the log"):
             try:
-                found = await self._bus.js.get_last_msg(
-                    subjects.LOG_STREAM, subjects.decision(migration), direct=True
-                )
+                found = await self._bus.js.get_last_msg(subjects.LOG_STREAM, decision, direct=True)
             except nats.js.errors.NotFoundError:
                 return None
-        return _decode(found.subject or "", found.data or b"", found.seq or 0)
+            except nats.js.errors.APIError as error:
+                raise _refused(error) from error
+        return found.subject or "", found.data or b"", found.seq or 0
 
 
 def _filter(migration: str | None) -> str:

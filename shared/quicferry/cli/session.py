@@ -11,7 +11,7 @@ import msgspec
 
 from quicferry.cli.logfile import Entry
 from quicferry.protocol import subjects
-from quicferry.protocol.agents import ArmReply, ArmRequest
+from quicferry.protocol.agents import ARE_YOU_THERE, ArmReply
 from quicferry.protocol.api import Placement, ServicesReply, ServicesRequest
 from quicferry.protocol.errors import FerryError
 
@@ -96,9 +96,8 @@ async def the_service(bus: Bus, name: str | None) -> Placement:
 
 async def heralds(bus: Bus, service: str) -> bool:
     """Whether the service's wrapper answers: the server serves, and a move could begin. Changes nothing."""
-    nothing = ArmRequest(id="are-you-there", epoch=0)  # calls off a move that nobody armed
     try:
-        await bus.request(subjects.arm(service), nothing, ArmReply, timeout=ARM_SECONDS)
+        await bus.request(subjects.arm(service), ARE_YOU_THERE, ArmReply, timeout=ARM_SECONDS)
     except FerryError as error:
         if error.code != "no_answer":
             raise

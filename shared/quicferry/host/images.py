@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -17,7 +19,7 @@ import structlog
 
 from quicferry.protocol import wire
 from quicferry.protocol.errors import FerryError
-from quicferry.protocol.wire import Name
+from quicferry.protocol.wire import NAME_PATTERN, Name
 
 log = structlog.get_logger(__name__)
 
@@ -28,7 +30,11 @@ MARGIN_BYTES: Final = 16 * 1024 * 1024
 COMPLETE: Final = "complete"
 """The FIFO through which the source tells the target that the images are complete."""
 
+OURS: Final = "quicferry"
+"""An empty file in every work directory: where others keep things below the same root, they lose nothing."""
+
 Side = Literal["source", "target"]
+_NAME: Final = re.compile(NAME_PATTERN)
 Descriptor = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,7}$(?!\n)")]
 Pipe = Annotated[str, msgspec.Meta(pattern=r"^pipe:\[[0-9]{1,20}\]$(?!\n)")]
 """As readlink(2) says it of a descriptor; CRIU is told by it which one to replace."""
@@ -61,6 +67,7 @@ class Images:
             for folder in (self.path, self.work):
                 folder.mkdir(exist_ok=True, mode=0o700)
                 folder.chmod(0o700)
+            self.mark(OURS)
             free = shutil.disk_usage(self.root).free
         except OSError as error:
             raise FerryError(
@@ -151,14 +158,43 @@ class Images:
 
     def remove(self) -> None:
         """Delete this side's work directory and the images. Safe to repeat."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.path)
+        _delete(self.path)
         self.remove_work()
 
     def remove_work(self) -> None:
         """Delete this side's work directory only. Safe to repeat."""
+        _delete(self.work)
+
+
+class Leftovers:
+    """Images below ``root`` that belong to nobody's step any more, and one side's work directories beside them."""
+
+    def __init__(self, root: Path, side: Side) -> None:
+        self._root = root
+        self._side: Side = side
+
+    def migrations(self) -> dict[str, float]:
+        """Those with a work directory of this side, and how many seconds ago it was last made. Raises OSError."""
+        now = time.time()
+        found: dict[str, float] = {}
+        for work in os.scandir(self._root):
+            migration, dot, side = work.name.rpartition(".")
+            if not (dot and side == self._side and _NAME.fullmatch(migration) and work.is_dir(follow_symlinks=False)):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # not one of ours, or deleted meanwhile
+                found[migration] = now - Path(work, OURS).stat().st_mtime
+        return found
+
+    def delete(self, migration: str) -> None:
+        """Images and work directory. Safe to repeat. Raises OSError."""
+        Images(self._root, migration, self._side).remove()
+
+
+def _delete(folder: Path) -> None:
+    # Both agents may be at it: what is gone under our hands the other one has deleted, and the rest is still there.
+    while folder.exists():
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.work)
+            shutil.rmtree(folder)
 
 
 def check_root(root: Path) -> Path:

@@ -33,6 +33,8 @@ SO_MEMINFO: Final = 55
 QUEUE_BYTES: Final = 8 * 1024 * 1024
 """Receive buffer of a parked socket: all that clients send during the pause must fit."""
 BACKLOG: Final = 8
+DUE_SOCKETS: Final = 1
+"""With one line; a peer that sends more is refused before it fills our table of descriptors."""
 _UCRED: Final = struct.Struct("iII")
 
 
@@ -237,7 +239,7 @@ class Dock:
             if isinstance(request, handover.Park):
                 await self._park(connection, received)
             else:
-                await self._adopt(connection)
+                self._adopt(connection, request)
         finally:
             for udp in received:
                 udp.close()
@@ -256,10 +258,15 @@ class Dock:
             raise FerryError("hold_refused", "The server called the hand-over off.")
         self._parked.set()
 
-    async def _adopt(self, connection: socket.socket) -> None:
+    def _adopt(self, connection: socket.socket, request: handover.Adopt) -> None:
         if self._answer is None or self._udp is None:
             raise FerryError("bad_request", "adopt came while there is nothing to adopt.")
         line = wire.encode(self._answer) + b"\n"
+        if request.id not in (None, self._answer.id):
+            # Whether that one's other copy serves is not ours to know: its own agent must wake it.
+            connection.send(line)
+            log.warning("adopt_refused", port=self._port, id=self._answer.id, held_for=request.id)
+            return
         # One small message into an empty stream socket: it is sent whole or not at all.
         socket.send_fds(connection, [line], [self._udp.fileno()])
         self._drop()
@@ -267,27 +274,35 @@ class Dock:
 
 
 async def _receive_line(connection: socket.socket) -> tuple[bytes, list[socket.socket]]:
-    """One line and the sockets that came with it. Raises FerryError ``bad_request``."""
+    """One line and the socket that came with it, if one did.
+
+    Raises FerryError ``bad_request``; OSError if what came is no socket.
+    """
     line = b""
-    received: list[socket.socket] = []
+    received: list[int] = []
     try:
         while not line.endswith(b"\n"):
             await readable(connection)
             try:
-                data, fds, _, _ = socket.recv_fds(connection, handover.MAX_LINE_BYTES, 4, socket.MSG_CMSG_CLOEXEC)
+                data, fds, flags, _ = socket.recv_fds(
+                    connection, handover.MAX_LINE_BYTES, DUE_SOCKETS, socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 continue
-            received += [socket.socket(fileno=fd) for fd in fds]
+            received += fds
+            # What finds no room is closed by the kernel, and MSG_CTRUNC is all that is seen of it.
+            if len(received) > DUE_SOCKETS or flags & socket.MSG_CTRUNC:
+                raise FerryError("bad_request", "More sockets came than the one that is due.")
             if not data:
                 raise FerryError("bad_request", "The connection ended within its line.")
             line += data
             if len(line) > handover.MAX_LINE_BYTES:
                 raise FerryError("bad_request", f"A line of more than {handover.MAX_LINE_BYTES} bytes.")
+        return line, [socket.socket(fileno=fd) for fd in received]
     except BaseException:
-        for udp in received:
-            udp.close()
+        for fd in received:
+            os.close(fd)
         raise
-    return line, received
 
 
 async def readable(file: socket.socket | int) -> None:

@@ -25,12 +25,10 @@ from quicferry.migration.commands import (
     StopTimer,
     Unlock,
 )
+from quicferry.migration.retries import RETRY_SECONDS, given_up, growing, last_attempt, served
 from quicferry.protocol import events as ev
 from quicferry.protocol.errors import ErrorBody
 
-ABORT_SECONDS: Final = 5.0
-ABORT_ATTEMPTS: Final = 5
-RESUME_ATTEMPTS: Final = 10
 ENOUGH_PAGES: Final = 64
 """A pre-copy round that wrote no more pages than this is the last one (p.haul's rule)."""
 MOST_GROWTH: Final = 1.1
@@ -83,6 +81,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     target_cleared: bool = False
     attempt: int = 1
     """Of what the present phase wants."""
+    served_since: int = 0
+    """The attempt in which a copy was first known to serve again; 0 if it was from the phase's beginning."""
     gave_up: bool = False
     outcome: str | None = None
     """``completed``, ``rolled_back`` or ``failed`` once it has ended."""
@@ -117,7 +117,9 @@ def handle(state: State | None, event: ev.AnyEvent) -> tuple[State, list[Command
     before = wanted(state)
     new = _absorb(state, event)
     if new.phase is not state.phase:
-        new = replace(new, attempt=1)
+        new = replace(new, attempt=1, served_since=0)
+    elif served(new) and not served(state):
+        new = replace(new, served_since=new.attempt)
     commands = [command for command in wanted(new) if command not in before]
     if _timer(before) and not _timer(wanted(new)):
         commands.append(StopTimer())
@@ -178,9 +180,9 @@ def _wanted_resuming(state: State, limit: float) -> list[Command]:
         calls.append(CallAgent(agent="restore", verb="resume", attempt=state.attempt))
     # The source goes last: until the target serves, a restore that has to be done again finds the memory with it.
     # On the last attempt it goes as well, so that a migration that can't be finished leaves no frozen process.
-    if not state.released and (state.resumed or state.attempt >= RESUME_ATTEMPTS):
+    if not state.released and (state.resumed or state.attempt >= last_attempt(state)):
         calls.append(CallAgent(agent="checkpoint", verb="release", attempt=state.attempt))
-    return [*calls, Place(), _timer_for(state, limit)]
+    return [*calls, Place(), _timer_for(state, limit if served(state) else max(limit, growing(state.attempt - 1)))]
 
 
 def _wanted_aborting(state: State) -> list[Command]:
@@ -198,7 +200,7 @@ def _wanted_aborting(state: State) -> list[Command]:
         calls.append(CallAgent(agent="checkpoint", verb="abort", attempt=state.attempt))
     elif not state.disarmed:
         calls.append(ArmServer(disarm=True))
-    return [*calls, _timer_for(state, ABORT_SECONDS)]
+    return [*calls, _timer_for(state, RETRY_SECONDS if served(state) else growing(state.attempt))]
 
 
 def _timer_for(state: State, seconds: float) -> StartTimer:
@@ -309,13 +311,15 @@ def _absorb_timeout(state: State, event: ev.TimedOut) -> State:
     match phase:
         case Phase.SETTLING:
             return replace(state, settled=True)
-        case Phase.ABORTING if state.attempt < ABORT_ATTEMPTS:
+        case Phase.ABORTING | Phase.RESUMING if state.gave_up:
+            return state
+        case Phase.ABORTING if state.attempt < last_attempt(state):
             # A server that was asked in vain calls its move off by itself, and an arming ends.
             return replace(state, attempt=state.attempt + 1, disarmed=state.disarmed or state.source_back)
-        case Phase.RESUMING if state.attempt < RESUME_ATTEMPTS:
+        case Phase.RESUMING if state.attempt < last_attempt(state):
             return replace(state, attempt=state.attempt + 1)
         case Phase.ABORTING | Phase.RESUMING:
-            return replace(state, gave_up=True, reason=state.reason or _too_slow(phase))
+            return replace(state, gave_up=True, reason=given_up(state))
         case _:
             return _fail(state, _too_slow(phase))
 

@@ -6,6 +6,8 @@ Every request is safe to repeat: an agent that has done a step already reports i
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from quicferry.protocol.api import Address, Options, Place
@@ -41,6 +43,10 @@ class ArmRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     epoch: Count
     target: Address | None = None
     options: Options = Options()
+
+
+ARE_YOU_THERE: Final = ArmRequest(id="are-you-there", epoch=0)
+"""Calls off a move that nobody armed, which changes nothing: whether the wrapper answers is what is asked."""
 
 
 class ArmReply(msgspec.Struct, frozen=True, kw_only=True):

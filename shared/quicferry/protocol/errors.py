@@ -20,6 +20,7 @@ CODES: Final[dict[str, str]] = {
     "too_late": "The migration is committed and can't be cancelled.",
     "cancelled": "The migration was cancelled on request.",
     "phase_timeout": "A phase took longer than its limit.",
+    "nobody_serves": "A migration was given up while no copy of the server was known to serve.",
     "server_gone": "The server's process is not there.",
     "server_unarmed": "The server's wrapper did not answer.",
     "heap_gone": "The memory of the server can't be found any more.",

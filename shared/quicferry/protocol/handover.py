@@ -7,7 +7,7 @@ connection, one JSON line each way:
   socket and then the connection, and stands still until SIGUSR2. End of file tells the agent that
   the process holds no socket: from here it cannot send. Any byte before it calls the hand-over off.
 - ``adopt``: the wrapper asks, the agent answers ``adopted`` with the parked UDP socket attached,
-  queue and all.
+  queue and all. A wrapper that stands still says for which migration; to another's, the line comes alone.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Park(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag="park"
     id: Name
 
 
-class Adopt(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag="adopt"):
-    pass
+class Adopt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="op", tag="adopt"):
+    id: Name | None = None
+    """The migration that the process stands still for; None while it serves."""
 
 
 class Adopted(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag="adopted"):

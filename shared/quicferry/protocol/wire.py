@@ -14,7 +14,8 @@ SCHEMA_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 256 * 1024
 """NATS messages larger than this are refused unread."""
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
+NAME_PATTERN: Final = r"^[A-Za-z0-9_-]{1,64}$(?!\n)"
+Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 """A service, node, berth, client or migration id: one NATS subject token.
 
 The lookahead is for Python, where ``$`` also matches before a final newline.

@@ -41,7 +41,7 @@ class Back(msgspec.Struct, frozen=True):
 
 
 def hold(udp: MigratableUDP, migration: str) -> Back:
-    """Park the socket, stand still until SIGUSR2, adopt a socket. Does not return on SIGTERM.
+    """Park the socket, stand still until SIGUSR2, adopt a socket of this migration. Does not return on SIGTERM.
 
     Raises FerryError ``hold_refused``, with the socket still in use, if no agent takes it.
     """
@@ -53,7 +53,7 @@ def hold(udp: MigratableUDP, migration: str) -> Back:
         try:
             since = time.time()  # before parking: the freeze may come between any two steps after it
             _park(udp, name, line, stillness)
-            adopted, sock = _socket_back(name, stillness)
+            adopted, sock = _socket_back(name, migration, stillness)
             queued = udp.adopt(sock, since)
         finally:
             if collects:
@@ -67,7 +67,7 @@ def hold(udp: MigratableUDP, migration: str) -> Back:
 def adopt(udp: MigratableUDP) -> handover.Adopted | None:
     """While serving: take a socket if an agent has one parked for us; None if there is no agent or nothing parked."""
     try:
-        adopted, sock = _ask(handover.socket_name(udp.port))
+        adopted, sock = _ask(handover.socket_name(udp.port), None)
     except FerryError:
         return None
     udp.adopt(sock)
@@ -95,16 +95,24 @@ def _park(udp: MigratableUDP, name: str, line: bytes, stillness: Stillness) -> N
             raise
 
 
-def _socket_back(name: str, stillness: Stillness) -> tuple[handover.Adopted, socket.socket]:
+class _AnothersError(FerryError):
+    """The agent has a socket, but for another migration."""
+
+    def __init__(self, offered: str) -> None:
+        super().__init__("hold_refused", f"The agent offers the socket of another migration, {offered}.")
+
+
+def _socket_back(name: str, migration: str, stillness: Stillness) -> tuple[handover.Adopted, socket.socket]:
     while True:
         end = time.monotonic() + handover.TIMEOUT
         while True:
             try:
-                return _ask(name)
+                return _ask(name, migration)
             except FerryError as error:
-                if time.monotonic() >= end:
+                # For another's sake nobody may go on: by that one's end our own migration may serve elsewhere.
+                if isinstance(error, _AnothersError) or time.monotonic() >= end:
                     # Without a socket we are mute, which is the safe side: wait to be woken again.
-                    log.error("adopt_failed", code=error.code, reason=error.message)
+                    log.error("adopt_failed", id=migration, code=error.code, reason=error.message)
                     break
                 time.sleep(0.005)
         stillness.wait()
@@ -125,25 +133,29 @@ def _connect(name: str) -> socket.socket:
     return agent
 
 
-def _ask(name: str) -> tuple[handover.Adopted, socket.socket]:
-    """One ``adopt`` exchange. Raises FerryError ``hold_refused``."""
+def _ask(name: str, migration: str | None) -> tuple[handover.Adopted, socket.socket]:
+    """One ``adopt`` exchange; with ``migration``, only its socket is taken. Raises FerryError ``hold_refused``."""
     with _connect(name) as agent:
         received, fds = bytearray(), list[int]()
         try:
-            agent.sendall(wire.encode(handover.Adopt()) + b"\n")
-            while b"\n" not in received and len(received) <= handover.MAX_LINE_BYTES:
+            agent.sendall(wire.encode(handover.Adopt(id=migration)) + b"\n")
+            while b"\n" not in received and len(received) <= handover.MAX_LINE_BYTES and len(fds) <= 1:
                 data, more, _, _ = socket.recv_fds(agent, handover.MAX_LINE_BYTES, 4)
                 fds += more
                 if not data:
                     break
                 received += data
             adopted: handover.Adopted = wire.decode(bytes(received).partition(b"\n")[0], handover.Adopted)
+            if migration not in (None, adopted.id):
+                raise _AnothersError(adopted.id)
             if len(fds) != 1:
                 raise FerryError("hold_refused", f"The agent answered with {len(fds)} sockets instead of one.")
             sock = socket.socket(fileno=fds[0])
             fds.clear()
         except OSError as error:
             raise FerryError("hold_refused", f"The agent gave no socket: {error}.") from None
+        except _AnothersError:
+            raise
         except FerryError as error:
             raise FerryError("hold_refused", f"The agent gave no socket: {error.message}") from None
         finally:

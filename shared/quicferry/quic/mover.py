@@ -14,7 +14,7 @@ import structlog
 
 from quicferry import faults
 from quicferry.protocol import events
-from quicferry.protocol.agents import ArmRequest
+from quicferry.protocol.agents import ARE_YOU_THERE, ArmRequest
 from quicferry.protocol.api import Address, Options
 from quicferry.protocol.control import Ack, Moved, Ready
 from quicferry.protocol.errors import FerryError
@@ -40,7 +40,7 @@ ARMED_TIME: Final = 20.0
 TOLD_AT_ONCE: Final = 8
 """Clients told of a move before the loop goes round once."""
 REMEMBERED: Final = 64
-"""Moves whose late acks and accounts are still understood, and whose ids are not armed again."""
+"""Moves whose late acks and accounts are still understood, and whose ids are not armed again; and ids disarmed."""
 
 
 class Serving(Protocol):
@@ -78,6 +78,7 @@ class Mover:
         self._joined = asyncio.Event()
         self._past: dict[str, Move] = {}
         self._past_ids: deque[str] = deque()
+        self._disarmed: dict[str, None] = {}
         self._background: set[asyncio.Task[Any]] = set()
 
     @property
@@ -88,15 +89,19 @@ class Mover:
     # Arming and signals.
 
     def arm(self, request: ArmRequest) -> None:
-        """Raises FerryError ``service_busy`` while another move is under way, ``too_late`` for one that is over."""
+        """Raises FerryError ``service_busy`` while another move is under way, ``too_late`` for one that is over.
+
+        One that was called off is over, even if its arming comes only then: a request can be late.
+        """
         if request.target is None:
             self._call_off(request.id)
+            self._remember_disarmed(request.id)
             return
         if self._move is not None:
             if self._move.id != request.id:
                 raise FerryError("service_busy", f"The server is moving already, as {self._move.id}.")
             return
-        if request.id in self._past:
+        if request.id in self._past or request.id in self._disarmed:
             raise FerryError("too_late", f"The move {request.id} is over here.")
         self._set_armed(request)
         log.info("armed", id=request.id, target=f"{request.target.host}:{request.target.port}")
@@ -314,6 +319,13 @@ class Mover:
         self._spawn(self._outbox.resume())
         self._spawn(self._resumed(move, "rolled_back"))
         log.info("move_called_off", id=migration, code="cancelled", reason="disarmed")
+
+    def _remember_disarmed(self, migration: str) -> None:
+        if migration == ARE_YOU_THERE.id:
+            return
+        self._disarmed[migration] = None
+        if len(self._disarmed) > REMEMBERED:
+            del self._disarmed[next(iter(self._disarmed))]
 
     def _tell_rollback(self, move: Move) -> None:
         for client in list(move.told.values()):
