@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -277,6 +278,12 @@ class Walk:
                 await world.cancel(lock.id)
         for berth in world.of(SERVICE):
             await world.start_berth(berth.name, with_server=False)
+        for name in ("checkpoint_agent", "restore_agent"):
+            program = world.programs[name]
+            os.kill(program.pid, signal.SIGKILL)
+            await program.ready(program.starts + 1)
+        for left in world.images.iterdir():
+            shutil.rmtree(left, ignore_errors=True)
         await world.see_to_berths(SERVICE)
         await self.close()
 

@@ -14,7 +14,7 @@ from quicferry.protocol.events import Completed, Failed, RolledBack
 
 log = structlog.get_logger(__name__)
 
-AGAIN: Final = 60.0
+AGAIN: Final = 5.0
 """Seconds until those are looked at again whose migration had not ended, or of which the log could not be read."""
 UNKNOWN_AGE: Final = 7200.0
 """Seconds for which a migration that this log does not know is left alone: the directory may be shared with another
