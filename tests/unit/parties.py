@@ -50,6 +50,13 @@ class Log:
         self.append(event)
         self.decided[event.id] = len(self.entries)
 
+    def forget(self, keep: int) -> None:
+        """What was acknowledged and not yet on the disk is gone: all but the first ``keep`` entries."""
+        del self.entries[keep:]
+        self.remembered = {ev.message_id(event): event for event in self.entries}
+        numbered = enumerate(self.entries, start=1)
+        self.decided = {event.id: number for number, event in numbered if isinstance(event, ev.Decision)}
+
     def decisions(self, migration: str) -> list[str]:
         names = [ev.kind(e) for e in self.entries if e.id == migration]
         return [name.removeprefix("decision.") for name in names if name.startswith("decision.")]
@@ -179,6 +186,15 @@ class World:
                     found.append(lambda server=server: self.log.append(server.says.pop(0)))  # type: ignore[misc]
         return found
 
+    def lose_power(self, keep: int) -> None:
+        """NATS's host only: agents end what they are at, the log comes back with what was on the disk."""
+        for coordinator in self.coordinators:
+            coordinator.die()
+        while busy := [(agent, run) for agent in self.agents.values() for run in agent.going()]:
+            agent, run = busy[0]
+            agent.advance(run)
+        self.log.forget(keep)
+
     def sigterm(self, berth: str) -> None:
         """quic/server.py: an armed server begins its move, a moving one ignores it, another one stops."""
         server = self.berths[berth]
@@ -271,10 +287,16 @@ class Agent:
             found.append(lambda: self.world.log.append(self.unpublished.pop(0)))
         over = [migration for migration in sorted(self.found) if self._may_tidy(migration)]
         found += [lambda migration=migration: self._tidy(migration) for migration in over]  # type: ignore[misc]
+        found += [lambda run=run: self.advance(run) for run in self.going()]  # type: ignore[misc]
+        return found
+
+    def going(self) -> list[Run]:
+        """Runs that need nobody else for their next turn."""
+        found = []
         for run in self.runs.values():
             waits = run.key[1] != "abort" and any(other.running for other in run.before)
             if run.running and not waits and self._ready(run):
-                found.append(lambda run=run: self.advance(run))  # type: ignore[misc]
+                found.append(run)
         return found
 
     def _ready(self, run: Run) -> bool:

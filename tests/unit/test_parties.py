@@ -238,11 +238,11 @@ class Parties(RuleBasedStateMachine):
             if actions := world.actions():
                 actions[turn % len(actions)]()
                 self.always()
-            elif not self._time_passes():
+            elif not self.time_passes():
                 return
         raise AssertionError("it does not come to rest")
 
-    def _time_passes(self) -> bool:
+    def time_passes(self) -> bool:
         world = self.world
         for agent in world.agents.values():
             if waiting := agent.waiting():
