@@ -297,7 +297,7 @@ class Walk:
         end = asyncio.get_running_loop().time() + PATIENCE
         while True:
             try:
-                await world.ask(MigrateRequest(service=SERVICE, id=migration, options=OPTIONS))
+                await world.ask(MigrateRequest(service=SERVICE, id=migration))
                 break
             except FerryError as error:
                 if error.code not in ("service_busy", "no_target") or asyncio.get_running_loop().time() > end:
