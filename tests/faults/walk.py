@@ -127,7 +127,7 @@ class Walk:
         asking = asyncio.create_task(world.ask(MigrateRequest(service=SERVICE, id=migration, options=OPTIONS)))
         with Capture(world.interface) as capture:
             try:
-                await self._strike(case, folder, home, car)
+                await self._strike(case, folder, home, migration, car)
                 await asking
             finally:
                 asking.cancel()
@@ -153,7 +153,9 @@ class Walk:
             return world.faults_in(target)
         return world.planted
 
-    async def _strike(self, case: Case, folder: Path, home: str, car: asyncio.subprocess.Process | None) -> None:
+    async def _strike(
+        self, case: Case, folder: Path, home: str, migration: str, car: asyncio.subprocess.Process | None
+    ) -> None:
         """Wait until the fault has struck, and do what is to be done from outside."""
         planted = folder / case.point
         async with asyncio.timeout(REACHED_SECONDS):
@@ -164,7 +166,7 @@ class Walk:
         pid = self._pid(case, car)
         await deeds.stopped(pid)
         try:
-            async with self._deed(case, home):
+            async with self._deed(case, home, migration):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
         finally:
@@ -181,13 +183,16 @@ class Walk:
         return self._world.programs[case.who].pid
 
     @contextlib.asynccontextmanager
-    async def _deed(self, case: Case, home: str) -> AsyncIterator[None]:
+    async def _deed(self, case: Case, home: str, migration: str) -> AsyncIterator[None]:
         world = self._world
         source = world.berths[home]
         (target,) = (berth for berth in world.of(SERVICE) if berth.name != home)
         match case.fault:
             case "stop":
                 await asyncio.sleep(STANDS_STILL)
+                yield
+            case "cancelled":
+                await world.cancel(migration)
                 yield
             case "nats away":
                 await deeds.nats_away(world)
