@@ -23,6 +23,7 @@ from quicferry.protocol.api import MigrateReply, MigrateRequest, Options, Servic
 from quicferry.protocol.errors import FerryError
 
 PATIENCE = 60.0
+ETH_P_ALL = 0x0003
 
 
 class System:
@@ -168,9 +169,10 @@ class Capture:
 
     def __init__(self, interface: str) -> None:
         self.seen: list[Datagram] = []
-        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))
+        # Protocol 0 until it is bound: before, it would see every interface.
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 * 1024 * 1024)
-        self._socket.bind((interface, 0))
+        self._socket.bind((interface, ETH_P_ALL))
         self._socket.setblocking(False)
 
     def __enter__(self) -> Capture:

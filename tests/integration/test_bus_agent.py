@@ -241,7 +241,7 @@ async def test_events_of_a_step_that_ended_without_nats_are_published_when_it_is
 async def test_a_step_that_is_stuck_ends_and_a_later_attempt_runs(
     nats_server: NatsServer, steps: Steps, bus: Bus, event_log: EventLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_module, "longest_step", lambda _: 0.05)
+    monkeypatch.setattr(agent_module, "longest_step", lambda *_: 0.05)
     async with running(nats_server, steps):
         await ask(bus, "restore")
         (failed,) = await seen(event_log, "restore.failed")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quicferry.bus.agent import longest_step
 from quicferry.migration.commands import ArmServer, CallAgent, Command, Decide, Place, StartTimer, StopTimer, Unlock
 from quicferry.migration.machine import Phase, State, handle, outstanding, wanted
 from quicferry.migration.retries import ABORT_ATTEMPTS, RESUME_ATTEMPTS, UNSERVED_ATTEMPTS, last_attempt
@@ -221,6 +222,23 @@ def test_a_source_that_nobody_ends_is_given_up_soon_while_the_target_serves() ->
     why = reason(commands)
     assert (why.code, "serves in berth n/b" in why.message) == ("phase_timeout", True)
     assert "n/a" in why.hint
+
+
+@pytest.mark.parametrize(
+    ("verb", "before", "limit_ms"),
+    [
+        *(("release", RESUMED[:-1], limit_ms) for limit_ms in (1, 1_500, 10_000, 60_000)),
+        *(("resume", COMMITTED, limit_ms) for limit_ms in (1, 1_500, 10_000, 60_000)),
+        *(("abort", (*DUMPED, FAILURES[0]), limit_ms) for limit_ms in (1, 1_500, 10_000, 60_000)),
+        *(("abort", (*PREPARED, FAILURES[0]), limit_ms) for limit_ms in (1, 1_500, 10_000)),
+    ],
+)
+def test_a_step_that_hangs_is_ended_before_its_migration_is_given_up(
+    verb: str, before: tuple[ev.AnyEvent, ...], limit_ms: int
+) -> None:
+    state, _ = run(*before, phase_timeout_ms=limit_ms)
+    _, waits, _ = in_vain(state, wanted(state))
+    assert sum(seconds for seconds, _ in waits[:-1]) >= longest_step(verb, state.request.options)
 
 
 def test_waits_as_long_as_its_request_allows() -> None:

@@ -48,8 +48,10 @@ STOP_SECONDS: Final = 1.2
 """For steps and events under way when the agent is stopped; below what a service is given to stop."""
 
 
-def longest_step(options: Options) -> float:
+def longest_step(verb: str, options: Options) -> float:
     """Seconds after which a step is stuck, beyond every limit of its own: a later attempt can run then."""
+    if verb == "abort":
+        return options.phase_timeout_ms / 1000 + STEP_MARGIN
     waits = (options.ack_timeout_ms + options.quiesce_timeout_ms) / 1000
     return waits + STEP_PHASES * options.phase_timeout_ms / 1000 + STEP_MARGIN
 
@@ -169,7 +171,7 @@ class Agent:
             else:
                 await asyncio.gather(*(other.task for other in before if other.task), return_exceptions=True)
             async with limit:
-                limit.reschedule(asyncio.get_running_loop().time() + longest_step(request.options))
+                limit.reschedule(asyncio.get_running_loop().time() + longest_step(verb, request.options))
                 await faults.at(f"{self._role}.{verb}")
                 async with contextlib.aclosing(self._steps[verb](request)) as happened:
                     async for event in happened:
@@ -196,7 +198,7 @@ class Agent:
     def _stuck(self, verb: str, request: AgentRequest) -> FerryError:
         return FerryError(
             "phase_timeout",
-            f"The {self._role} agent's {verb} did not end within {longest_step(request.options):g} s.",
+            f"The {self._role} agent's {verb} did not end within {longest_step(verb, request.options):g} s.",
             hint="Its log and `quicferry doctor` may tell what hangs: podman, CRIU, or the machine.",
         )
 

@@ -182,7 +182,9 @@ def _wanted_resuming(state: State, limit: float) -> list[Command]:
     # On the last attempt it goes as well, so that a migration that can't be finished leaves no frozen process.
     if not state.released and (state.resumed or state.attempt >= last_attempt(state)):
         calls.append(CallAgent(agent="checkpoint", verb="release", attempt=state.attempt))
-    return [*calls, Place(), _timer_for(state, limit if served(state) else max(limit, growing(state.attempt - 1)))]
+    # The first wait is the limit itself; later ones leave an agent whose step hangs the time to end it.
+    more = 0.0 if state.attempt == 1 else RETRY_SECONDS if served(state) else growing(state.attempt - 1)
+    return [*calls, Place(), _timer_for(state, max(limit, more))]
 
 
 def _wanted_aborting(state: State) -> list[Command]:
