@@ -30,9 +30,13 @@ from tests.faults.world import LOOK, OPTIONS, PATIENCE, World, state_of
 SERVICE: Final = "echo"
 STANDS_STILL: Final = 2.6
 """Seconds that a stopped process stays stopped: longer than a phase's limit, and than the coordinator's lease."""
-REACHED_SECONDS: Final = 20.0
+TRIES: Final = 3
 ECHO_SECONDS: Final = 20.0
 ENDS_THE_SERVER: Final = ("server killed for memory", "target killed for memory")
+
+
+class NotReachedError(Exception):
+    """The migration ended elsewhere."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +90,14 @@ class Walk:
         self._session = contextlib.AsyncExitStack()
 
     async def case(self, case: Case) -> Row:
-        """One migration with the fault in it, then one without."""
+        """One migration with the fault in it, then one without. A migration that ended before it came to the point,
+        as on a busy machine it may, says nothing: then again."""
+        for _ in range(TRIES):
+            with contextlib.suppress(NotReachedError):
+                return await self._case(case)
+        return Row(point=case.shown, fault=case.fault, outcome="none", held=False, why="nobody came to the point")
+
+    async def _case(self, case: Case) -> Row:
         result, wrong, seen = "", list[str](), list[str]()
         try:
             await self.client()
@@ -94,6 +105,9 @@ class Walk:
                 result, wrong, seen = await self._with_fault(case, car)
         except (TimeoutError, FerryError, AssertionError, OSError) as error:
             wrong.append(f"{type(error).__name__}: {error}")
+        except NotReachedError:
+            await self._repair()
+            raise
         try:
             await self._repair()
             wrong += await self._clean_move()
@@ -158,8 +172,11 @@ class Walk:
     ) -> None:
         """Wait until the fault has struck, and do what is to be done from outside."""
         planted = folder / case.point
-        async with asyncio.timeout(REACHED_SECONDS):
+        async with asyncio.timeout(PATIENCE):
             while planted.exists():
+                with contextlib.suppress(FerryError):
+                    if outcome(await self._world.events(migration)) != "none" and planted.exists():
+                        raise NotReachedError
                 await asyncio.sleep(LOOK)
         if case.fault in faults.FAULTS and case.fault != "stop":
             return
