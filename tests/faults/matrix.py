@@ -7,13 +7,13 @@ from typing import Final, Literal
 import msgspec
 
 Way = Literal["forward", "back", "back early"]
-"""``back``: the migration fails at :data:`FAILS_AT` first, with the source held; ``early``: before it is held."""
+"""``back``: the migration fails at :data:`FAILS_AT` first, with the source held; ``early``: before it is told."""
 Table = dict["Who", tuple[tuple[str, tuple[str, ...]], ...]]
 """For each process its points, in order, with their faults."""
 Who = Literal["coordinator", "checkpoint_agent", "restore_agent", "server", "target", "client"]
 """``server`` is the copy at the source, ``target`` the restored one."""
 
-FAILS_AT: Final[dict[Way, str]] = {"back": "target.restoring", "back early": "source.told"}
+FAILS_AT: Final[dict[Way, str]] = {"back": "target.restoring", "back early": "source.dump_asked"}
 
 CALLS: Final = ("kill", "stop", "twice")
 ENDS: Final = ("kill", "stop")
