@@ -43,6 +43,11 @@ class NatsServer:
     def url(self) -> str:
         return f"nats://{self.host}:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        """0 while it is not running."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else 0
+
     async def start(self) -> None:
         binary = nats_server_binary()
         if binary is None:

@@ -58,17 +58,22 @@ def one_copy_sent(seen: Sequence[Datagram], source: str, *, moved: bool) -> list
     return []
 
 
-async def tidy(world: World, service: str, *, server: bool = True) -> list[str]:
-    """Until nothing of a migration is left, for a while; what is left then."""
-    end = asyncio.get_running_loop().time() + TIDY_SECONDS
+async def tidy(
+    world: World, service: str, *, server: bool = True, ids: str = "", patience: float = TIDY_SECONDS
+) -> list[str]:
+    """Until nothing of a migration is left, for a while; what is left then.
+
+    Only images and locks of migrations whose ids begin with ``ids`` count: others may be under way.
+    """
+    end = asyncio.get_running_loop().time() + patience
     while True:
-        wrong = await _left(world, service, server=server)
+        wrong = await _left(world, service, server=server, ids=ids)
         if not wrong or asyncio.get_running_loop().time() > end:
             return wrong
         await asyncio.sleep(LOOK)
 
 
-async def _left(world: World, service: str, *, server: bool) -> list[str]:
+async def _left(world: World, service: str, *, server: bool, ids: str) -> list[str]:
     wrong: list[str] = []
     serving = 0
     for berth in world.of(service):
@@ -93,9 +98,9 @@ async def _left(world: World, service: str, *, server: bool) -> list[str]:
     if serving != server:
         wrong.append(f"{serving} servers serve")
     with contextlib.suppress(FileNotFoundError):
-        wrong += [f"image directory {name}" for name in os.listdir(world.images)]
+        wrong += [f"image directory {name}" for name in os.listdir(world.images) if name.startswith(ids)]
     try:
-        wrong += [f"lock of {lock.id}" for lock in await world.registry.locks()]
+        wrong += [f"lock of {lock.id}" for lock in await world.registry.locks() if lock.id.startswith(ids)]
     except FerryError as error:
         wrong.append(f"the locks can't be read: {error.code}")
     return wrong

@@ -44,6 +44,8 @@ from tests.e2e.berths import IMAGE, LABEL, PORT, PROJECT, Harbour, podman
 SERVICES: Final = ("coordinator", "checkpoint_agent", "restore_agent")
 READY: Final = {"coordinator": "ready", "checkpoint_agent": "agent_ready", "restore_agent": "agent_ready"}
 NATS_PORT: Final = 4222
+FIRST_IP: Final = 11
+"""Of the berths; the last byte."""
 PATIENCE: Final = 60.0
 SERVES_SECONDS: Final = 30.0
 LOOK: Final = 0.02
@@ -97,11 +99,11 @@ class Program:
         said = self.log.read_text(encoding="utf-8").rpartition(" starting ")[2]
         return any(f" {word} " in said for word in (READY[self.name], "standing_by"))
 
-    async def close(self) -> None:
+    async def close(self, number: signal.Signals = signal.SIGKILL) -> None:
         self._wanted = False
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGCONT)
-            self._process.kill()
+            self._process.send_signal(number)
         if self._task is not None:
             await self._task
 
@@ -191,14 +193,9 @@ class World:
         self.interface = podman("network", "inspect", "-f", "{{.NetworkInterface}}", self.harbour.network)
         self._gateway = podman("network", "inspect", "-f", "{{(index .Subnets 0).Gateway}}", self.harbour.network)
         stack.push_async_callback(self._close_programs)
-        number = 10
         for service in services:
             for index in range(berths):
-                number += 1
-                name = f"{service}-{'abcdefgh'[index]}"
-                ip = f"{self._gateway.rpartition('.')[0]}.{number}"
-                self.berths[name] = Berth(name=name, service=service, ip=ip)
-                await self.start_berth(name, with_server=index == 0)
+                await self.add_berth(service, with_server=index == 0)
         folder = self.folder / "nats"
         folder.mkdir()
         self.nats = NatsServer(folder, host=self._gateway, port=NATS_PORT)
@@ -208,11 +205,16 @@ class World:
         self.bus = await stack.enter_async_context(Bus.connect("faults", settings, wait=True))
         self.log, self.registry = await EventLog.open(self.bus), await Registry.open(self.bus)
         for name in SERVICES:
-            self.programs[name] = Program(name, self.folder / f"{name}.log", self._environment())
-            self.programs[name].log.touch()
-            self.programs[name].start()
+            self.add_program(name).start()
         for program in self.programs.values():
             await program.ready(1)
+
+    def add_program(self, name: str, called: str = "") -> Program:
+        """Another process of a service of ours, not yet started; ``called`` tells two of one service apart."""
+        called = called or name
+        program = self.programs[called] = Program(name, self.folder / f"{called}.log", self._environment())
+        program.log.touch()
+        return program
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -229,6 +231,13 @@ class World:
         await asyncio.gather(*(program.close() for program in self.programs.values()))
 
     # Berths.
+
+    async def add_berth(self, service: str, *, with_server: bool) -> None:
+        """Start one more berth of a service."""
+        name = f"{service}-{'abcdefgh'[len(self.of(service))]}"
+        ip = f"{self._gateway.rpartition('.')[0]}.{FIRST_IP + len(self.berths)}"
+        self.berths[name] = Berth(name=name, service=service, ip=ip)
+        await self.start_berth(name, with_server=with_server)
 
     async def start_berth(self, name: str, *, with_server: bool) -> None:
         """Start a berth, in place of the container it was in, if any."""

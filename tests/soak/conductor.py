@@ -1,0 +1,161 @@
+"""A whole soak from its first berth to its report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from tests.e2e.berths import PORT
+from tests.faults.checks import log_is_sound, tidy
+from tests.faults.world import world
+from tests.soak import report
+from tests.soak.crowd import Crowd
+from tests.soak.moves import Service
+from tests.soak.record import Result
+from tests.soak.stage import TROUBLES, Stage, insist
+from tests.soak.words import Account, Ended, Gap
+
+CLIENT_PROCESSES: Final = 2
+PROGRESS_EVERY: Final = 30.0
+CALM_SHARE: Final = 24
+"""Calms in a soak, about; never more often than MIN_CALM and at least every MAX_CALM seconds."""
+MIN_CALM: Final = 10.0
+MAX_CALM: Final = 60.0
+SETTLE: Final = 1.5
+"""Seconds of calm before anything is read."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to do."""
+
+    seconds: float
+    seed: int
+    services: int
+    clients: int
+    interval_ms: float
+    faults: bool
+    evidence: Path
+    folder: Path
+
+    @property
+    def calm_every(self) -> float:
+        return min(MAX_CALM, max(MIN_CALM, self.seconds / CALM_SHARE))
+
+
+class Conductor:
+    """Made by :func:`soak`."""
+
+    def __init__(self, stage: Stage, plan: Plan) -> None:
+        self._stage = stage
+        self._plan = plan
+        self._world = stage.world
+        names = list(dict.fromkeys(berth.service for berth in stage.world.berths.values()))
+        self._accounts: list[Account] = []
+        self._services = {
+            name: Service(stage, name, plan.clients, mortal=len(names) > 1 and name == names[-1]) for name in names
+        }
+
+    async def run(self) -> None:
+        """Raises what only a defect of the soak itself can raise, or its world's beginning."""
+        self._stage.crowd.on_gap, self._stage.crowd.on_ended = self._measured, self._session_ended
+        for service in self._services.values():
+            await service.dial()
+        self._stage.begin()
+        tasks = [asyncio.create_task(service.run(), name=service.name) for service in self._services.values()]
+        tasks.append(asyncio.create_task(self._tell_progress(), name="progress"))
+        try:
+            end = self._plan.seconds
+            while (left := end - self._stage.now()) > 0:
+                sleeping = asyncio.create_task(asyncio.sleep(min(self._plan.calm_every, left)))
+                done, _ = await asyncio.wait({sleeping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+                for task in done - {sleeping}:
+                    task.result()  # a defect of the soak's own
+                await self._calm()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await self._look_back()
+        await self._stage.written()
+        self._stage.result.seconds = self._stage.now()
+
+    async def _tell_progress(self) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_EVERY)
+            print(report.progress(self._stage.result, self._stage.now()), flush=True)
+
+    # Calm.
+
+    async def _calm(self) -> None:
+        try:
+            async with self._stage.calm():
+                for program in self._world.programs.values():
+                    await program.ready(program.starts)
+                for service in self._services.values():
+                    for what in await tidy(self._world, service.name, patience=30):
+                        self._stage.wrong(f"in the calm: {what}", service=service.name)
+                await self._hear_clients()
+                await asyncio.sleep(SETTLE)
+                self._stage.result.calms += 1
+                self._stage.crowd.go()
+        except TROUBLES as error:
+            self._stage.wrong(f"no calm: {type(error).__name__}: {error}")
+
+    async def _hear_clients(self) -> None:
+        """Every echo has come, on one session each, from where the server is."""
+        accounts = await self._stage.crowd.still()
+        for account in accounts:
+            wrong = []
+            if account.echoed != account.sent:
+                wrong.append(f"{account.sent - account.echoed} echoes did not come")
+            if account.handshakes != 1:
+                wrong.append(f"{account.handshakes} handshakes")
+            home = self._world.home(account.service)
+            if not home or account.peer != f"{self._world.berths[home].ip}:{PORT}":
+                wrong.append(f"sends to {account.peer}, the server is in {home}")
+            for what in wrong:
+                self._stage.wrong(f"session {account.session}: {what}", service=account.service)
+        self._accounts = accounts
+
+    async def _look_back(self) -> None:
+        """Every log once more: what came late must not have changed what it says."""
+        result = self._stage.result
+        result.sessions = self._stage.crowd.opened
+        for account in self._accounts:
+            result.echoes_sent += account.sent
+            result.echoes_lost += account.sent - account.echoed
+            result.handshakes += account.handshakes
+        for move in result.moves:
+            if move.outcome not in ("", "refused"):
+                for what in log_is_sound(await insist(functools.partial(self._world.events, move.id))):
+                    self._stage.wrong(f"in the end: {what}", service=move.service, migration=move.id)
+
+    def _session_ended(self, said: Ended) -> None:
+        self._services[said.service].session_ended(f"{said.session}: {said.why}")
+
+    def _measured(self, gap: Gap) -> None:
+        for move in reversed(self._stage.result.moves):
+            if move.id == gap.migration:
+                move.gaps_ms.append(gap.ms)
+                return
+
+
+async def soak(plan: Plan) -> Result:
+    """All of it; afterwards nothing is left of it but the evidence."""
+    result = Result(seed=plan.seed, seconds=0.0, services=plan.services, clients=plan.clients)
+    async with contextlib.AsyncExitStack() as stack:
+        made = await stack.enter_async_context(world(plan.folder, [f"soak{n + 1}" for n in range(plan.services)]))
+        for service in list(dict.fromkeys(berth.service for berth in made.berths.values()))[::2]:
+            await made.add_berth(service, with_server=False)
+        crowd = Crowd(plan.folder, made.tls / "cert.pem", plan.interval_ms, processes=CLIENT_PROCESSES)
+        stack.push_async_callback(crowd.close)
+        await crowd.start()
+        stage = Stage(made, crowd, result, plan.evidence)
+        stack.push_async_callback(stage.written)
+        await Conductor(stage, plan).run()
+    return result
