@@ -15,7 +15,10 @@ import msgspec
 
 MIB: Final = 1 << 20
 WARM_UP: Final = 0.25
-"""The part of a life's readings that is left out."""
+"""The part of a life's readings that is left out,"""
+WARM_UP_SECONDS: Final = 150.0
+"""and for memory all readings of so long after the first: by then the traces of a client that pings twenty times a
+second are as long as they get."""
 ENOUGH: Final = 6
 """Readings that are judged, at least: two for each third."""
 FDS: Final = 4
@@ -24,9 +27,9 @@ THREADS: Final = 3
 """Threads more: an executor of asyncio starts them as it needs them, and keeps them."""
 MEMORY: Final = 8 * MIB
 MEMORY_SHARE: Final = 0.10
-"""Memory counts when it is more than both. CPython's arenas come in pieces of 1 MiB and seldom go back, glibc's heap is
-trimmed late, and what is kept by design has bounds (512 steps of an agent, 1000 migrations of the coordinator, 64 moves
-of a server)."""
+"""Memory counts when it is more than both. CPython's arenas come in pieces of 1 MiB and seldom go back, glibc's heap
+is trimmed late, and what is kept by design has bounds (512 steps of an agent, 1000 migrations of the coordinator, 64
+moves of a server)."""
 
 What = Literal["fds", "threads", "memory"]
 
@@ -59,9 +62,9 @@ class Trend(msgspec.Struct, frozen=True, kw_only=True):
 def trends(process: str, readings: Sequence[Reading]) -> list[Trend]:
     """What a life's readings say; nothing if there are too few to judge."""
     left = readings[max(1, round(len(readings) * WARM_UP)) :]
-    if len(left) < ENOUGH:
-        return []
-    return [_trend(process, "fds", left), _trend(process, "threads", left), _trend(process, "memory", left)]
+    warm = [reading for reading in left if reading.at >= readings[0].at + WARM_UP_SECONDS]
+    judged: tuple[tuple[What, Sequence[Reading]], ...] = (("fds", left), ("threads", left), ("memory", warm))
+    return [_trend(process, what, readings) for what, readings in judged if len(readings) >= ENOUGH]
 
 
 def _trend(process: str, what: What, readings: Sequence[Reading]) -> Trend:

@@ -109,16 +109,32 @@ class Service:
     async def run(self) -> None:
         """For ever."""
         while True:
-            await self._stage.pause(self._random.expovariate(1 / BETWEEN))
+            await self._stage.wait(self._random, BETWEEN)
             async with self._stage.at_work(), self.lock:
                 try:
                     await self._something()
                     if self._broken:
                         await self._repair()
                 except TROUBLES as error:
-                    self._stage.wrong(f"{type(error).__name__}: {error}", service=self.name)
-                    with contextlib.suppress(*TROUBLES):
-                        await self._repair()
+                    if not self.dying:
+                        await self._after_trouble(error)
+
+    async def _after_trouble(self, error: Exception) -> None:
+        self._stage.wrong(f"{type(error).__name__}: {error}", service=self.name)
+        with contextlib.suppress(*TROUBLES):  # then it is tried again after the next one
+            await self._repair()
+
+    async def look(self) -> None:
+        """In a calm: nothing is left of any migration, and the coordinator knows where the server is."""
+        for what in await tidy(self._world, self.name, patience=TIDY_SECONDS):
+            self._stage.wrong(f"in the calm: {what}", service=self.name)
+        try:
+            placement = await self._world.serves(self.name)
+        except TimeoutError:
+            self._stage.wrong("in the calm: the coordinator does not say where it is", service=self.name)
+            return
+        if placement.epoch != self._epoch:
+            self._stage.wrong(f"in the calm: epoch {placement.epoch}, not {self._epoch}", service=self.name)
 
     async def _repair(self) -> None:
         self._broken = True
@@ -182,7 +198,7 @@ class Service:
         wrong = []
         if requested.epoch != self._epoch + 1:
             wrong.append(f"epoch {requested.epoch} after {self._epoch}")
-        if requested.source.berth != home:
+        if home and requested.source.berth != home:
             wrong.append(f"from {requested.source.berth}, but the server was in {home}")
         if committed != completed:
             wrong.append("committed, not completed")

@@ -58,6 +58,9 @@ class Life(msgspec.Struct, kw_only=True):
     """Readings of calm moments: these are judged."""
     most: Reading | None = None
     """The highest of each figure, at any moment."""
+    descriptors_first: dict[str, int] = {}
+    """What they were in the first calm, with how many of each."""
+    descriptors_last: dict[str, int] = {}
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -86,6 +89,12 @@ class Result(msgspec.Struct, kw_only=True):
     lives: list[Life] = []
     trends: list[Trend] = []
 
+    def attribute(self) -> None:
+        """Tell each move what was at work while it was under way."""
+        for move in self.moves:
+            at_work = [fault for fault in self.faults if _overlap(move, fault)]
+            move.faults = list(dict.fromkeys(fault.kind for fault in at_work))
+
     @property
     def leaks(self) -> list[Trend]:
         return [trend for trend in self.trends if trend.leak]
@@ -93,3 +102,7 @@ class Result(msgspec.Struct, kw_only=True):
     @property
     def clean(self) -> bool:
         return not self.violations and not self.leaks
+
+
+def _overlap(move: Move, fault: Fault) -> bool:
+    return fault.began <= (move.ended or fault.began) and move.began <= (fault.ended or move.began)

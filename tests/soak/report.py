@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from tests.soak.leaks import MIB, Reading
+from tests.soak.leaks import MIB, Reading, What
 from tests.soak.record import Life, Move, Result
 
 WIDTH: Final = 80
@@ -99,28 +99,35 @@ def _gaps(moves: Sequence[Move]) -> list[str]:
 
 def _sessions(result: Result) -> list[str]:
     return [
-        f"echoes    {result.echoes_sent} sent, {result.echoes_lost} lost, {result.echoes_unanswered} to servers that "
-        "were killed",
-        f"sessions  {result.sessions}, {result.sessions_ended_with_their_server} of them ended with a server that was "
-        "killed",
-        f"          {result.handshakes} handshakes",
+        f"echoes    {result.echoes_sent} sent, {result.echoes_lost} lost",
+        f"sessions  {result.sessions}, {result.handshakes} handshakes",
+        f"  with a killed server ended {result.sessions_ended_with_their_server} of them, with "
+        f"{result.echoes_unanswered} echoes on their way",
     ]
 
 
 def _resources(result: Result) -> list[str]:
-    lines = [f"{'in calm moments: start/end/max':<25}{'lives':>5}{'fds':>14}{'threads':>11}{'MiB':>16}  leaks"]
+    lines = [f"{'resources':<19}{'lives':>6}{'fds':>14}{'threads':>11}{'MiB':>18}  leaks"]
     for process in dict.fromkeys(life.process for life in result.lives):
         lives = [life for life in result.lives if life.process == process]
         longest = max(lives, key=lambda life: len(life.calm))
         if not longest.calm:
             continue
         found = [trend for trend in result.trends if trend.process == process]
-        leaks = ", ".join(dict.fromkeys(trend.what for trend in found if trend.leak)) or ("no" if found else "-")
+        judged = {trend.what for trend in found}
+        leaks = ", ".join(dict.fromkeys(trend.what for trend in found if trend.leak)) or _verdict(judged)
         figures = [_span(longest, what) for what in ("fds", "threads", "memory")]
-        lines.append(f"  {process:<23}{len(lives):>5}{figures[0]:>14}{figures[1]:>11}{figures[2]:>16}  {leaks}")
-    lines.append("  of the longest life; a '-' was too short to judge")
+        lines.append(f"  {process:<17}{len(lives):>6}{figures[0]:>14}{figures[1]:>11}{figures[2]:>18}  {leaks}")
+    lines.append("  of the longest life: first calm/last calm/most ever; '-': too short to judge")
     restarts = ", ".join(f"{name} {count}" for name, count in result.restarts.items() if count)
     return [*lines, f"restarts: {restarts or 'none'}; images: {result.images_max / MIB:.1f} MiB at most"]
+
+
+def _verdict(judged: set[What]) -> str:
+    """``no`` if all was judged, ``-`` if it was too early for memory, or for anything."""
+    if "memory" in judged:
+        return "no"
+    return "no; MiB -" if judged else "-"
 
 
 def _span(life: Life, what: str) -> str:

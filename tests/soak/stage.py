@@ -73,6 +73,18 @@ class Stage:
             async with asyncio.timeout(seconds):
                 await self._wanted_calm.wait()
 
+    async def wait(self, chance: Random, mean: float) -> None:
+        """Sleep for about ``mean`` seconds outside of any calm: after one not everybody begins at once."""
+        while True:
+            await self._open.wait()
+            await self.pause(chance.expovariate(1 / mean))
+            if not self.wants_calm:
+                return
+
+    @property
+    def wants_calm(self) -> bool:
+        return self._wanted_calm.is_set()
+
     @contextlib.asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
         """Something is under way; it does not begin in a calm."""
