@@ -33,8 +33,9 @@ from tests.soak.words import (
 
 TIGHTER: Final = 4
 """In a move pings come so much closer, to see its end sooner."""
-ECHO_SECONDS: Final = 20.0
-"""For the echoes that are still on their way when nothing more is sent."""
+ECHO_SECONDS: Final = 65.0
+"""For the echoes that are still on their way when nothing more is sent. After a silence QUIC's next probe may take as
+long again (RFC 9002, 6.2.1); a session that hears nothing at all ends in 60 s."""
 KEPT: Final = 4096
 """Instants of echoes kept: minutes, and no move takes that long."""
 LOOKED_AT: Final = 4

@@ -30,7 +30,8 @@ from tests.soak.words import (
     Still,
 )
 
-PATIENCE: Final = 60.0
+PATIENCE: Final = 90.0
+"""For a client process to do what it is told; what it waits for itself takes 65 s at most."""
 LINE: Final = 1 << 20
 
 
