@@ -3,7 +3,7 @@
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 BIN := .venv/bin
 
-.PHONY: setup demo bench test test-faults fuzz lint clean
+.PHONY: setup demo bench test test-faults soak fuzz lint clean
 
 setup: ## install what is missing, make .venv, build the image if its inputs changed
 	@containers/setup
@@ -19,6 +19,9 @@ test: lint ## everything, the real moves included
 
 test-faults: setup ## every fault at every point of a move, as a table; OUT=FILE for JSON, FAULTS takes flags, such as FAULTS="--only nats"
 	@$(SUDO) $(BIN)/python -m tests.faults $(if $(OUT),--out $(OUT)) $(FAULTS)
+
+soak: setup ## services moved at random under faults for MINUTES=n; OUT=FILE for JSON, SOAK takes flags, such as SOAK="--seed 7"
+	@$(SUDO) $(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) $(if $(OUT),--out $(OUT)) $(SOAK)
 
 fuzz: setup ## every decoder of what comes from outside under a coverage-guided fuzzer, SECONDS=n each
 	@$(BIN)/python -m pip install --quiet 'atheris>=3.0'
