@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--services", type=int, default=4, help="the last of several is one whose server may die (4)")
     parser.add_argument("--clients", type=int, default=5, help="of each service (5)")
     parser.add_argument("--interval-ms", type=float, default=50.0, help="between a client's pings (50)")
+    parser.add_argument("--pause", type=float, default=2.0, help="seconds between a service's moves, about (2)")
     parser.add_argument("--no-faults", action="store_true", help="moves, cancels and bad requests only")
     parser.add_argument("--out", type=Path, help="write all that was seen there, as JSON")
     parser.add_argument("--evidence", type=Path, help="a directory for the logs of violations (a new one below /tmp)")
@@ -40,6 +41,7 @@ def main() -> int:
             services=arguments.services,
             clients=arguments.clients,
             interval_ms=arguments.interval_ms,
+            pause=arguments.pause,
             faults=not arguments.no_faults,
             evidence=arguments.evidence or Path(tempfile.gettempdir()) / f"quicferry-soak-evidence-{seed}",
             folder=Path(folder),

@@ -18,8 +18,6 @@ from tests.faults.world import OPTIONS
 from tests.soak.record import Move
 from tests.soak.stage import TROUBLES, Stage, insist
 
-BETWEEN: Final = 2.0
-"""Seconds between two moves of a service, on average."""
 CANCELLED: Final = 0.15
 CANCEL_WITHIN: Final = 0.8
 """Seconds from the request, at most: a move alone takes about so long."""
@@ -37,7 +35,7 @@ REFUSALS: Final = (*TRANSIENT, "no_target", "berth_gone", "berth_busy", "service
 class Service:
     """One service, its moves and its sessions."""
 
-    def __init__(self, stage: Stage, name: str, sessions: int, *, mortal: bool) -> None:
+    def __init__(self, stage: Stage, name: str, sessions: int, *, pause: float, mortal: bool) -> None:
         self.name = name
         self.mortal = mortal
         """Whether its server may be killed, and its sessions with it."""
@@ -50,6 +48,8 @@ class Service:
         self._stage = stage
         self._world = stage.world
         self._sessions = sessions
+        self._pause = pause
+        """Seconds between two moves, on average."""
         self._random = stage.random(name)
         self._number = 0
         self._epoch = 0
@@ -109,7 +109,7 @@ class Service:
     async def run(self) -> None:
         """For ever."""
         while True:
-            await self._stage.wait(self._random, BETWEEN)
+            await self._stage.wait(self._random, self._pause)
             async with self._stage.at_work(), self.lock:
                 try:
                     await self._something()
