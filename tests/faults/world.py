@@ -238,6 +238,14 @@ class World:
         ip = f"{self._gateway.rpartition('.')[0]}.{FIRST_IP + len(self.berths)}"
         self.berths[name] = Berth(name=name, service=service, ip=ip)
         await self.start_berth(name, with_server=with_server)
+        if len(self.berths) == 1:
+            self._keep_address()
+
+    def _keep_address(self) -> None:
+        """A bridge takes the lowest address of its ports, so that each new berth may change it; and who has asked for
+        the old one a moment ago goes on sending there for half a minute, into nothing. One that was set stays."""
+        address = Path(f"/sys/class/net/{self.interface}/address").read_text(encoding="ascii").strip()
+        subprocess.run(["ip", "link", "set", "dev", self.interface, "address", address], check=True)
 
     async def start_berth(self, name: str, *, with_server: bool) -> None:
         """Start a berth, in place of the container it was in, if any."""
