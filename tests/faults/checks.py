@@ -91,8 +91,7 @@ async def _left(world: World, service: str, *, server: bool, ids: str) -> list[s
                 wrong.append(f"{berth.name}: {ports} UDP sockets on the service's port")
             if berth.listeners():
                 wrong.append(f"{berth.name}: a listener for hand-overs")
-            if berth.mounts_now() != berth.mounts:
-                wrong.append(f"{berth.name}: its mounts changed")
+            wrong += [f"{berth.name}: its {what} changed" for what in berth.changed()]
         except OSError as error:  # it ended while we looked
             wrong.append(f"{berth.name}: {error}")
     if serving != server:

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
-from tests.faults.world import LOOK, PATIENCE, Berth, World, state_of
+from tests.faults.parts import LOOK, PATIENCE, Berth, state_of
+from tests.faults.world import World
 
 NATS_AWAY: Final = 5.0
 OOM_ROOM: Final = 16 * 1024 * 1024

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -20,23 +17,18 @@ from quicferry import faults
 from quicferry.protocol import events as ev
 from quicferry.protocol.api import MigrateRequest
 from quicferry.protocol.errors import FerryError
-from tests.e2e.berths import PORT, PROJECT
+from tests.e2e.berths import PORT
 from tests.e2e.moving import Capture, Pinger
-from tests.faults import deeds
+from tests.faults.car import car
 from tests.faults.checks import log_is_sound, one_copy_sent, outcome, tidy
-from tests.faults.matrix import FAILS_AT, Case
-from tests.faults.world import LOOK, OPTIONS, PATIENCE, World, state_of
+from tests.faults.matrix import Case
+from tests.faults.parts import PATIENCE
+from tests.faults.strike import NotReachedError, Strike, kills_the_server
+from tests.faults.world import OPTIONS, World
 
 SERVICE: Final = "echo"
-STANDS_STILL: Final = 2.6
-"""Seconds that a stopped process stays stopped: longer than a phase's limit, and than the coordinator's lease."""
 TRIES: Final = 3
 ECHO_SECONDS: Final = 20.0
-ENDS_THE_SERVER: Final = ("server killed for memory", "target killed for memory")
-
-
-class NotReachedError(Exception):
-    """The migration ended elsewhere."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,8 +93,8 @@ class Walk:
         result, wrong, seen = "", list[str](), list[str]()
         try:
             await self.client()
-            async with self._driver(case) as car:
-                result, wrong, seen = await self._with_fault(case, car)
+            async with self._car(case) as process:
+                result, wrong, seen = await self._with_fault(case, process)
         except (TimeoutError, FerryError, AssertionError, OSError) as error:
             wrong.append(f"{type(error).__name__}: {error}")
         except NotReachedError:
@@ -122,8 +114,18 @@ class Walk:
             why="; ".join(wrong or seen),
         )
 
+    @contextlib.asynccontextmanager
+    async def _car(self, case: Case) -> AsyncIterator[asyncio.subprocess.Process | None]:
+        """A second client, where the fault is a client's."""
+        if case.who != "client":
+            yield None
+            return
+        placement = await self._world.serves(SERVICE)
+        async with car(self._world, placement.place.address, comes_back=case.fault == "stop") as process:
+            yield process
+
     async def _with_fault(
-        self, case: Case, car: asyncio.subprocess.Process | None
+        self, case: Case, process: asyncio.subprocess.Process | None
     ) -> tuple[str, list[str], list[str]]:
         world = self._world
         home = world.home(SERVICE)
@@ -131,17 +133,13 @@ class Walk:
         self._number += 1
         migration = f"case-{self._number}-{os.getpid()}"
         starts = {name: program.starts for name, program in world.programs.items()}
-        folder = self._folder(case, home)
-        strikes = {"kill": "kill", "exit": "exit", "stop": "stop", "hang": "hang", "error": "error"}
-        (folder / case.point).write_text(
-            strikes.get(case.fault, case.fault if case.fault in faults.FAULTS else "stop")
-        )
-        if case.way != "forward":
-            (world.planted / FAILS_AT[case.way]).write_text("error")
+        (away,) = (berth for berth in world.of(SERVICE) if berth.name != home)
+        strike = Strike(world=world, case=case, migration=migration, home=world.berths[home], away=away, car=process)
+        strike.plant()
         asking = asyncio.create_task(world.ask(MigrateRequest(service=SERVICE, id=migration, options=OPTIONS)))
         with Capture(world.interface) as capture:
             try:
-                await self._strike(case, folder, home, migration, car)
+                await strike.struck()
                 await asking
             finally:
                 asking.cancel()
@@ -156,93 +154,12 @@ class Walk:
         seen = "the server died, and its sessions with it" if gone else f"in {world.home(SERVICE)}, same session"
         return result, wrong, [seen]
 
-    def _folder(self, case: Case, home: str) -> Path:
-        world = self._world
-        if case.who == "client":
-            return world.folder / "car"
-        if case.who == "server":
-            return world.faults_in(world.berths[home])
-        if case.who == "target":
-            (target,) = (berth for berth in world.of(SERVICE) if berth.name != home)
-            return world.faults_in(target)
-        return world.planted
-
-    async def _strike(
-        self, case: Case, folder: Path, home: str, migration: str, car: asyncio.subprocess.Process | None
-    ) -> None:
-        """Wait until the fault has struck, and do what is to be done from outside."""
-        planted = folder / case.point
-        async with asyncio.timeout(PATIENCE):
-            while planted.exists():
-                with contextlib.suppress(FerryError):
-                    if outcome(await self._world.events(migration)) != "none" and planted.exists():
-                        raise NotReachedError
-                await asyncio.sleep(LOOK)
-        if case.fault in faults.FAULTS and case.fault != "stop":
-            return
-        pid = self._pid(case, car)
-        await deeds.stopped(pid)
-        try:
-            async with self._deed(case, home, migration):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-
-    def _pid(self, case: Case, car: asyncio.subprocess.Process | None) -> int:
-        if case.who == "client":
-            assert car is not None
-            return car.pid
-        if case.who in ("server", "target"):
-            (pid,) = (berth.server_pid for berth in self._world.of(SERVICE) if state_of(berth.server_pid) == "T")
-            return pid
-        return self._world.programs[case.who].pid
-
-    @contextlib.asynccontextmanager
-    async def _deed(self, case: Case, home: str, migration: str) -> AsyncIterator[None]:
-        world = self._world
-        source = world.berths[home]
-        (target,) = (berth for berth in world.of(SERVICE) if berth.name != home)
-        match case.fault:
-            case "stop":
-                await asyncio.sleep(STANDS_STILL)
-                yield
-            case "cancelled":
-                await world.cancel(migration)
-                yield
-            case "nats away":
-                await deeds.nats_away(world)
-                yield
-            case "source berth removed":
-                await world.remove_berth(source.name)
-                yield
-            case "target berth removed":
-                await world.remove_berth(target.name)
-                yield
-                # As its restart policy would, while the migration goes on.
-                await world.start_berth(target.name, with_server=False)
-            case "server killed for memory":
-                await deeds.oom_kill(source)
-                yield
-            case "target killed for memory":
-                await deeds.oom_kill(target)
-                yield
-            case "disk full":
-                async with deeds.disk_full(world.images):
-                    yield
-                    await asyncio.sleep(STANDS_STILL)
-            case _:
-                raise AssertionError(f"no such fault: {case.fault}")
-
-    # Afterwards.
-
     async def _afterwards(self, case: Case, home: str, before: int, events: Sequence[ev.AnyEvent]) -> list[str]:
         world = self._world
         kinds = [ev.kind(event) for event in events]
         committed = "decision.committed" in kinds
         gone = not any(berth.server_pid for berth in world.of(SERVICE))
-        may_go = _kills_the_server(case)
+        may_go = kills_the_server(case)
         wrong = [] if may_go or not gone else ["the server is gone"]
         for berth in world.of(SERVICE):
             if not world.lives(berth):
@@ -332,56 +249,6 @@ class Walk:
         await client.echoes(5)
         wrong += await self._serves_on(home, before, committed=True, completed=True)
         return [f"the next migration: {text}" for text in wrong]
-
-    @contextlib.asynccontextmanager
-    async def _driver(self, case: Case) -> AsyncIterator[asyncio.subprocess.Process | None]:
-        """A second client, as a process of its own, where the fault is a client's."""
-        if case.who != "client":
-            yield None
-            return
-        folder = self._world.folder / "car"
-        folder.mkdir(exist_ok=True)
-        address = (await self._world.serves(SERVICE)).place.address
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "services.car_client", "--json", "--cafile", str(self._world.tls / "cert.pem")),
-            *("--name", "car", "--interval-ms", "20"),
-            cwd=PROJECT,
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{PROJECT}:{PROJECT}/shared",
-                "TARGET_ADDR": f"{address.host}:{address.port}",
-                "TRANSPARENT": "1",
-                "QUICFERRY_LOG_LEVEL": "error",
-                faults.VARIABLE: str(folder),
-            },
-            stdout=asyncio.subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        try:
-            async with asyncio.timeout(PATIENCE):
-                while json.loads(await process.stdout.readline())["event"] != "connected":
-                    pass
-            drain = asyncio.create_task(process.stdout.read())
-            yield process
-            if case.fault == "stop":
-                process.send_signal(signal.SIGINT)
-                async with asyncio.timeout(PATIENCE):
-                    lines = (await drain).splitlines()
-                summary = next(said for line in lines if (said := json.loads(line))["event"] == "summary")
-                assert summary["handshakes"] == 1, f"the stopped client shook hands {summary['handshakes']} times"
-                assert summary["echoes_lost"] == 0, f"the stopped client lost {summary['echoes_lost']} echoes"
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-            await drain
-
-
-def _kills_the_server(case: Case) -> bool:
-    """Whether the fault may end the process that the sessions live in: then they end with it."""
-    if case.fault in ENDS_THE_SERVER or case.fault.endswith("berth removed"):
-        return True
-    return case.who in ("server", "target") and case.fault == "kill"
 
 
 async def walk(world: World, chosen: Sequence[Case], say: Callable[[Row], None]) -> list[Row]:

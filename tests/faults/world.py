@@ -7,15 +7,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import subprocess
-import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Final
-
-import msgspec
 
 from quicferry import faults
 from quicferry.bus.connection import Bus
@@ -24,7 +20,6 @@ from quicferry.bus.registry import Registry
 from quicferry.bus.settings import NatsSettings
 from quicferry.cli.session import heralds
 from quicferry.host import berths as host_berths
-from quicferry.host import processes
 from quicferry.protocol import events as ev
 from quicferry.protocol import subjects
 from quicferry.protocol.api import (
@@ -40,127 +35,16 @@ from quicferry.protocol.api import (
 from quicferry.protocol.errors import FerryError
 from tests.conftest import NatsServer
 from tests.e2e.berths import IMAGE, LABEL, PORT, PROJECT, Harbour, podman
+from tests.faults.parts import LOOK, Berth, Program
 
 SERVICES: Final = ("coordinator", "checkpoint_agent", "restore_agent")
-READY: Final = {"coordinator": "ready", "checkpoint_agent": "agent_ready", "restore_agent": "agent_ready"}
 NATS_PORT: Final = 4222
 FIRST_IP: Final = 11
 """Of the berths; the last byte."""
-PATIENCE: Final = 60.0
 SERVES_SECONDS: Final = 30.0
-LOOK: Final = 0.02
-"""Seconds between two looks at what nothing announces: a process's state, a file, the registry."""
 OPTIONS: Final = Options(ack_timeout_ms=300, quiesce_timeout_ms=300, phase_timeout_ms=1_500, settle_timeout_ms=1_000)
 IMAGES_MIB: Final = 64
 IN_BERTH: Final = "/run/faults"
-
-
-class Program:
-    """A service of ours as a process, which a supervisor starts again."""
-
-    def __init__(self, name: str, log: Path, environment: dict[str, str]) -> None:
-        self.name = name
-        self.log = log
-        self.starts = 0
-        self._environment = environment
-        self._process: asyncio.subprocess.Process | None = None
-        self._wanted = False
-        self._task: asyncio.Task[None] | None = None
-
-    @property
-    def pid(self) -> int:
-        """0 while it is not running."""
-        process = self._process
-        return process.pid if process is not None and process.returncode is None else 0
-
-    def start(self) -> None:
-        self._wanted = True
-        self._task = asyncio.create_task(self._supervise(), name=f"supervise {self.name}")
-
-    async def _supervise(self) -> None:
-        while self._wanted:
-            with self.log.open("ab") as output:
-                self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", f"services.{self.name}"),
-                    cwd=PROJECT,
-                    env=self._environment,
-                    stderr=output,
-                )
-            self.starts += 1
-            await self._process.wait()
-
-    async def ready(self, starts: int) -> None:
-        """Until the ``starts``-th start of it, or a later one, answers."""
-        async with asyncio.timeout(PATIENCE):
-            while self.starts < starts or not self.pid or not self._said_ready():
-                await asyncio.sleep(LOOK)
-
-    def _said_ready(self) -> bool:
-        said = self.log.read_text(encoding="utf-8").rpartition(" starting ")[2]
-        return any(f" {word} " in said for word in (READY[self.name], "standing_by"))
-
-    async def close(self, number: signal.Signals = signal.SIGKILL) -> None:
-        self._wanted = False
-        if self._process is not None and self._process.returncode is None:
-            self._process.send_signal(signal.SIGCONT)
-            self._process.send_signal(number)
-        if self._task is not None:
-            await self._task
-
-
-class Berth(msgspec.Struct, kw_only=True):
-    """A berth of this world; what is started again after a fault is the same berth in a new container."""
-
-    name: str
-    service: str
-    ip: str
-    init_pid: int = 0
-    mounts: str = ""
-    """Its mounts as they were when it was new."""
-
-    @property
-    def server_pid(self) -> int:
-        """The server in it, 0 if there is none or the berth is gone."""
-        with contextlib.suppress(FerryError):
-            if server := processes.occupant(self.init_pid):
-                with server:
-                    return server.pid
-        return 0
-
-    def commands(self) -> list[str]:
-        """Of every process in it but its init and a server."""
-        found = []
-        for pid in inside(self.init_pid):
-            with contextlib.suppress(OSError):
-                status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-                number = int(status.partition("NSpid:")[2].splitlines()[0].split()[-1])
-                if number not in (1, processes.SERVER_PID):
-                    found.append(Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip())
-        return found
-
-    def udp_ports(self) -> int:
-        """How many sockets are bound to the service's port in it."""
-        lines = Path(f"/proc/{self.init_pid}/net/udp").read_text(encoding="utf-8").splitlines()[1:]
-        return sum(line.split()[1].endswith(f":{PORT:04X}") for line in lines)
-
-    def listeners(self) -> int:
-        """Unix sockets of ours in its network namespace."""
-        return Path(f"/proc/{self.init_pid}/net/unix").read_text(encoding="utf-8").count("@quicferry")
-
-    def mounts_now(self) -> str:
-        return Path(f"/proc/{self.init_pid}/mounts").read_text(encoding="utf-8")
-
-
-def inside(init_pid: int) -> list[int]:
-    """The processes in the PID namespace of ``init_pid``."""
-    namespace = os.readlink(f"/proc/{init_pid}/ns/pid")
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{entry}/ns/pid") == namespace:
-                    found.append(int(entry))
-    return found
 
 
 class World:
@@ -278,7 +162,7 @@ class World:
         )
         berth.init_pid = int(await asyncio.to_thread(podman, "inspect", "-f", "{{.State.Pid}}", container))
         self.faults_in(berth).mkdir(exist_ok=True)
-        berth.mounts = berth.mounts_now()
+        berth.remember()
 
     async def remove_berth(self, name: str) -> None:
         await asyncio.to_thread(podman, "rm", "-f", "-t", "0", f"{name}-{self.mark}")
@@ -379,11 +263,3 @@ def tmpfs(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", folder], check=False)
-
-
-def state_of(pid: int) -> str:
-    """``T`` is stopped (proc_pid_stat(5)); empty if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2][:1]
-    except OSError:
-        return ""

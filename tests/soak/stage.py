@@ -16,7 +16,8 @@ import nats.errors
 
 from quicferry.protocol.errors import FerryError
 from tests.e2e.berths import environment
-from tests.faults.world import Berth, World
+from tests.faults.parts import Berth
+from tests.faults.world import World
 from tests.soak.crowd import Crowd
 from tests.soak.record import Result, Violation
 

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from quicferry import faults
 from tests.faults.matrix import FAILS_AT, Case, cases
-from tests.faults.world import LOOK, Program, state_of
+from tests.faults.parts import LOOK, Program, state_of
 from tests.soak.moves import Service
 from tests.soak.record import Fault
 from tests.soak.stage import TROUBLES, Stage
