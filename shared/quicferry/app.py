@@ -56,6 +56,8 @@ CLIENTS: Final = {
 """What only clients use, and the module of ``quicferry.quic`` that it comes from."""
 RETRY_EVERY: Final = 1.0
 """Seconds between two attempts to use a NATS that answers but refuses."""
+CANCEL_AGAIN: Final = 0.3
+"""Seconds until a connection that is to end is told so once more."""
 THREADS_GONE: Final = 0.2
 """Seconds idle helper threads have to end before a dump."""
 
@@ -151,6 +153,8 @@ class BusHerald(Herald):
         self._log: EventLog | None = None
         self._connected = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        """The one that is connected, or tries to be."""
+        self._ending: set[asyncio.Task[None]] = set()
         self._executor = ThreadPoolExecutor(thread_name_prefix="quicferry")
 
     def start(self, server: MigratableServer) -> None:
@@ -174,9 +178,16 @@ class BusHerald(Herald):
     async def suspend(self) -> None:
         """Close the connection, and let go of the thread that looked up its name."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            # At once: whoever waits no longer for the end finds us suspended, and can resume.
+            self._ending.add(self._task)
+            self._task.add_done_callback(self._ending.discard)
             self._task = None
+            self._no_longer_connected()
+        while self._ending:
+            for task in self._ending:
+                task.cancel()
+            # Again if need be: Python 3.11's wait_for, which nats-py uses, can lose a cancellation.
+            await asyncio.wait(self._ending, timeout=CANCEL_AGAIN)
         await self._end_threads()
 
     async def resume(self) -> None:
@@ -213,9 +224,13 @@ class BusHerald(Herald):
             except FerryError as error:
                 log.warning("nats_refused", code=error.code, reason=error.message)
             finally:
-                self._connected.clear()
-                self._log = None
+                if self._task is asyncio.current_task():  # else it was suspended, and the next one may be there
+                    self._no_longer_connected()
             await asyncio.sleep(RETRY_EVERY)
+
+    def _no_longer_connected(self) -> None:
+        self._connected.clear()
+        self._log = None
 
     async def _arm(self, request: Any) -> msgspec.Struct:
         return await self._server.arm(request)

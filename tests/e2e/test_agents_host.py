@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from quicferry.host import processes, source
 from quicferry.host.parking import bind_parked
 from quicferry.host.podman import Podman
+from quicferry.host.target import Target
 from quicferry.protocol.errors import FerryError
 from tests.e2e.berths import (
     ECHO,
@@ -19,6 +21,7 @@ from tests.e2e.berths import (
     Harbour,
     sockets_of,
 )
+from tests.e2e.berths import podman as podman_command
 from tests.e2e.moves_by_hand import Ends, die, occupant_pid
 
 pytestmark = pytest.mark.e2e
@@ -219,6 +222,57 @@ async def test_a_target_whose_restored_process_is_gone_is_restored_again(port: H
         await ends.source.close()
     with EchoClient() as client:
         assert await client.ask(there, "from the images") == 1
+
+
+async def test_a_copy_that_dies_before_it_has_its_socket_is_restored_into_the_same_dock(
+    port: Harbour, podman: Podman
+) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    with EchoClient() as client:
+        async with Ends(port, podman, here, there) as ends:
+            await ends.source.hold()
+            await ends.source.dump()
+            client.send(there, "early")
+            await ends.target.restore()
+            await ends.target.stand_by()
+            assert ends.target._server is not None
+            assert await ends.target._server.kill()
+            await ends.resume()
+            await ends.source.release()
+        assert (await client.answer())[2] == "early"
+
+
+async def test_a_berth_that_is_made_anew_after_the_restore_gets_a_dock_of_its_own(
+    port: Harbour, podman: Podman
+) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    with EchoClient() as client:
+        async with Ends(port, podman, here, there) as ends:
+            await ends.source.hold()
+            await ends.source.dump()
+            await ends.target.restore()
+            podman_command("rm", "-f", "-t", "0", there.container)
+            there = await port.berth("b")
+            await ends.resume()
+            await ends.source.release()
+        assert await client.ask(there, "anew") == 1
+
+
+async def test_a_copy_that_had_its_socket_is_not_restored_again(port: Harbour, podman: Podman) -> None:
+    """It may have sent: the same packet numbers again, under the same keys, would be another packet's."""
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    async with Ends(port, podman, here, there) as ends:
+        await ends.source.hold()
+        await ends.source.dump()
+        await ends.target.restore()
+        await ends.target.resume()
+        await ends.target.close()  # the agent ends before it could say so
+        os.kill(occupant_pid(there), signal.SIGKILL)
+        ends.target = Target(podman, port.images, ends.request)
+        await ends.resume()
+        await ends.source.release()
+    assert processes.occupant(there.init_pid) is None
+    assert processes.occupant(here.init_pid) is None
 
 
 async def test_a_restore_that_breaks_after_it_was_reported_is_done_again(port: Harbour, podman: Podman) -> None:

@@ -12,15 +12,18 @@ import stat
 import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from quicferry.app import BusHerald
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
+from quicferry.bus.settings import NatsSettings
 from quicferry.protocol import events, subjects
-from quicferry.protocol.agents import ArmReply, ArmRequest
+from quicferry.protocol.agents import ARE_YOU_THERE, ArmReply, ArmRequest
 from quicferry.protocol.api import Address
+from quicferry.protocol.errors import FerryError
 from quicferry.quic import qlog
 from tests.conftest import NatsServer
 from tests.integration.lossy import Relay, Weather
@@ -202,14 +205,56 @@ async def test_events_wait_for_nats_and_travel_with_the_process(tls: Tls, nats_s
         line = await server.until("acks_gathered")
         migration = line.partition("id=")[2].split()[0]
         await nats_server.start()
-        from quicferry.bus.settings import NatsSettings
-
         async with Bus.connect("test", NatsSettings.load(nats_server.url), wait=True) as late:
             log = await EventLog.open(late)
             async with asyncio.timeout(LIMIT), contextlib.aclosing(log.follow(migration=migration)) as entries:
                 async for entry in entries:
                     assert isinstance(entry.event, events.MigrateSent)
                     break
+
+
+async def test_a_suspension_that_is_given_up_leaves_a_herald_that_can_be_reached(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing took longer than the move had: a server that is not on NATS again can never be moved."""
+
+    class Server:
+        async def arm(self, request: ArmRequest) -> ArmReply:
+            return ArmReply(id=request.id, clients=0)
+
+    async def slowly(bus: Bus) -> None:
+        closing.set()
+        await may_close.wait()
+        await close(bus)
+
+    close, closing, may_close = Bus._close, asyncio.Event(), asyncio.Event()
+    settings = NatsSettings.load(nats_server.url)
+    async with (
+        Bus.connect("test", settings, wait=True) as bus,
+        contextlib.AsyncExitStack() as stack,
+        asyncio.timeout(LIMIT),
+    ):
+        herald = BusHerald("echo", settings)
+        herald.start(cast(Any, Server()))
+        stack.push_async_callback(herald.suspend)
+        await herald._connected.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr(Bus, "_close", slowly)
+            suspending = asyncio.create_task(herald.suspend())
+            await closing.wait()
+            suspending.cancel()
+            await asyncio.wait([suspending])
+            await herald.resume()
+        await herald._connected.wait()
+        may_close.set()
+        await asyncio.gather(*herald._ending, return_exceptions=True)
+        assert (await bus.request(subjects.arm("echo"), ARE_YOU_THERE, ArmReply, timeout=5)).clients == 0
+        await herald.publish(events.MigrateSent(id="m1", at_ms=1, clients=0))
+        assert len(await (await EventLog.open(bus)).read("m1")) == 1
+        await herald.suspend()
+        with pytest.raises(FerryError) as refused:
+            await bus.request(subjects.arm("echo"), ARE_YOU_THERE, ArmReply, timeout=5)
+        assert refused.value.code == "no_answer"
 
 
 async def test_the_echo_server_makes_its_own_certificate(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ async def dock() -> AsyncIterator[Dock]:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     listener.bind(f"{handover.socket_name(port)}.{os.getpid()}")
     listener.listen(8)
-    made = Dock(listener, port)
+    made = Dock(listener, port, os.getpid())
     yield made
     await made.close()
 

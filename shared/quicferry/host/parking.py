@@ -108,11 +108,14 @@ def queued_bytes(udp: socket.socket) -> int:
 class Dock:
     """Listens for one server. Open it with :meth:`open`, always close it."""
 
-    def __init__(self, listener: socket.socket, port: int) -> None:
+    def __init__(self, listener: socket.socket, port: int, init_pid: int) -> None:
+        self.init_pid = init_pid
+        """Of the berth whose network namespace it is in, and goes with."""
         self._listener = listener
         self._port = port
         self._expected = 0
         self._answer: handover.Adopted | None = None
+        self._giving: Callable[[], None] | None = None
         self._udp: socket.socket | None = None
         self._stopped = False
         self._parked = asyncio.Event()
@@ -146,7 +149,7 @@ class Dock:
                 f"Another agent already waits for the server on port {port} in this berth.",
                 hint="One checkpoint agent and one restore agent a node; stop the other.",
             ) from None
-        dock = cls(listener, port)
+        dock = cls(listener, port, init_pid)
         dock._udp = udp
         return dock
 
@@ -154,12 +157,19 @@ class Dock:
         """Only the process ``pid`` may park or adopt; nobody may before this call."""
         self._expected = pid
 
-    def offer(self, answer: handover.Adopted, udp: socket.socket | None = None) -> None:
-        """Let the expected process adopt the socket held, or ``udp`` instead."""
+    def offer(
+        self,
+        answer: handover.Adopted,
+        udp: socket.socket | None = None,
+        *,
+        giving: Callable[[], None] | None = None,
+    ) -> None:
+        """Let the expected process adopt the socket held, or ``udp`` instead; ``giving`` is called right before."""
         if udp is not None:
             self._drop()
             self._udp = udp
         self._answer = answer
+        self._giving = giving
 
     @property
     def parked(self) -> bool:
@@ -267,6 +277,8 @@ class Dock:
             connection.send(line)
             log.warning("adopt_refused", port=self._port, id=self._answer.id, held_for=request.id)
             return
+        if self._giving is not None:
+            self._giving()
         # One small message into an empty stream socket: it is sent whole or not at all.
         socket.send_fds(connection, [line], [self._udp.fileno()])
         self._drop()

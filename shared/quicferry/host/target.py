@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 OUTPUTS: Final = (1, 2)
 """The berth's own standard streams that a restored server's pipes are connected to."""
 RESTORE_BEGUN: Final = "restore-begun"
+SOCKET_GIVEN: Final = "socket-given"
+"""From then on the copy may have sent: its images must not be restored again, or packet numbers were used twice."""
 REAP_SECONDS: Final = 1.0
 """For the berth's init to reap a server that has just died there."""
 CLEAR_TIMEOUT: Final = 5.0
@@ -75,8 +77,9 @@ class Target:
                 hint="Nothing but a server may run there; restart the berth.",
             )
         self._images.create()
-        self._complete = self._images.listen_for_complete()
-        self._dock = self._dock or self._open_dock(berth)
+        if self._complete < 0:
+            self._complete = self._images.listen_for_complete()
+        await self._dock_in(berth)
         await faults.at("target.bound")
         await self._find_source()
         taken = thread_ids.of(self._source.pid) if self._source is not None else []
@@ -183,11 +186,12 @@ class Target:
         Raises FerryError ``criu_failed``, ``hold_refused`` if the target does not take the socket.
         """
         start = time.monotonic()
+        await self._drop_the_dead()
         await self.stand_by()
         if self._server is None or self._dock is None:
             await self._catch_up()
         server, dock = self._server, self._dock
-        if server is None or dock is None:  # it serves already
+        if server is None or dock is None:  # it serves already, or has served
             return events.Resumed(id=self._request.id, at_ms=now_ms(), took_ms=0.0, queued=0)
         place = self._request.target
         dock.offer(
@@ -198,7 +202,8 @@ class Target:
                 berth=place.berth,
                 address=place.address,
                 epoch=self._request.epoch,
-            )
+            ),
+            giving=self._note_giving,
         )
         await faults.at("target.resuming")
         queued = dock.queued_bytes
@@ -297,28 +302,49 @@ class Target:
             if self._source is not None:
                 self._heap = Heap.of(self._source.pid)
 
-    def _open_dock(self, berth: BerthFacts) -> Dock:
-        udp = bind_parked(berth.init_pid, berth.port)
-        try:
-            return Dock.open(berth.init_pid, berth.port, udp=udp)
-        except BaseException:
-            udp.close()
-            raise
+    async def _dock_in(self, berth: BerthFacts) -> Dock:
+        """The dock with the parked socket; another one if the berth is another one by now."""
+        if self._dock is not None and self._dock.init_pid != berth.init_pid:
+            await self._dock.close()
+            self._dock = None
+        if self._dock is None:
+            udp = bind_parked(berth.init_pid, berth.port)
+            try:
+                self._dock = Dock.open(berth.init_pid, berth.port, udp=udp)
+            except BaseException:
+                udp.close()
+                raise
+        return self._dock
+
+    async def _drop_the_dead(self) -> None:
+        """A copy that died before it had its socket is to be restored once more; the socket waits, queue and all."""
+        if self._server is None or self._server.alive:
+            return
+        if self._criu is not None:
+            await self._criu.kill_restored()
+            self._criu = None
+        self._server.close()
+        self._server = None
+
+    def _note_giving(self) -> None:
+        with contextlib.suppress(OSError):  # a full tmpfs: rather without the note than without a server
+            self._images.mark(SOCKET_GIVEN)
 
     async def _catch_up(self) -> None:
-        """Bring a fresh object to where resume begins; without server and dock if the target serves already."""
+        """Bring a fresh object to where resume begins; without a server if the target serves, or has served."""
         berth = await self._podman.berth(self._request.target.berth)
         await outlive(berth.init_pid)
         berth, server = await self._find()
-        if server is None:
+        if server is None and self._images.marked(SOCKET_GIVEN):
+            self._log.warning("target_ended", reason="it had its socket, and its images are not restored again")
+        elif server is None:
             await self.prepare()
             await self.restore()
             await self.stand_by()
         elif processes.is_held(server.pid):
             # CRIU let it go when the agent died; the socket and its queue died too, so a new one it is.
             self._server = server
-            self._dock = self._dock or self._open_dock(berth)
-            self._dock.expect(server.pid)
+            (await self._dock_in(berth)).expect(server.pid)
         else:
             server.close()
 
