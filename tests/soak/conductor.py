@@ -10,7 +10,6 @@ from typing import Final
 
 import msgspec
 
-from tests.e2e.berths import PORT
 from tests.faults.checks import log_is_sound
 from tests.faults.world import world
 from tests.soak import report
@@ -160,19 +159,9 @@ class Conductor:
 
     async def _hear_clients(self) -> None:
         """Every echo has come, on one session each, from where the server is."""
-        accounts = await self._stage.crowd.still()
-        for account in accounts:
-            wrong = []
-            if account.echoed != account.sent:
-                wrong.append(f"{account.sent - account.echoed} echoes did not come")
-            if account.handshakes != 1:
-                wrong.append(f"{account.handshakes} handshakes")
-            home = self._world.home(account.service)
-            if not home or account.peer != f"{self._world.berths[home].ip}:{PORT}":
-                wrong.append(f"sends to {account.peer}, the server is in {home}")
-            for what in wrong:
-                self._stage.wrong(f"session {account.session}: {what}", service=account.service)
-        self._accounts = accounts
+        self._accounts = await self._stage.crowd.still()
+        for service in self._services.values():
+            service.hear([account for account in self._accounts if account.service == service.name])
 
     async def _look_back(self) -> None:
         """Every log once more: what came late must not have changed what it says."""

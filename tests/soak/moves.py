@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -13,10 +14,12 @@ from quicferry.protocol import events as ev
 from quicferry.protocol import subjects
 from quicferry.protocol.api import CancelReply, CancelRequest, MigrateReply, MigrateRequest, Placement
 from quicferry.protocol.errors import FerryError
+from tests.e2e.berths import PORT
 from tests.faults.checks import log_is_sound, outcome, tidy
 from tests.faults.world import OPTIONS
 from tests.soak.record import Move
 from tests.soak.stage import TROUBLES, Stage, insist
+from tests.soak.words import Account
 
 CANCELLED: Final = 0.15
 CANCEL_WITHIN: Final = 0.8
@@ -102,6 +105,22 @@ class Service:
         """One that nobody closed."""
         if not self.dying and not self._broken:
             self._stage.wrong(f"a session ended: {why}", service=self.name)
+            self._broken = True
+
+    def hear(self, accounts: Sequence[Account]) -> None:
+        """In a calm, what its sessions have to say."""
+        home = self._world.home(self.name)
+        peer = f"{self._world.berths[home].ip}:{PORT}" if home else "nowhere"
+        wrong = []
+        for account in accounts:
+            if account.echoed != account.sent:
+                wrong.append(f"{account.session}: {account.sent - account.echoed} echoes did not come")
+            if account.handshakes != 1:
+                wrong.append(f"{account.session}: {account.handshakes} handshakes")
+            if account.peer != peer:
+                wrong.append(f"{account.session}: sends to {account.peer}, the server is at {peer}")
+        if wrong and not self._broken:
+            self._stage.wrong("; ".join(wrong), service=self.name)
             self._broken = True
 
     # Moves.

@@ -83,6 +83,10 @@ class Result(msgspec.Struct, kw_only=True):
     """Of the processes that are started again when they end."""
     images_max: int = 0
     """Bytes."""
+    processes_calm: int = 0
+    """In all berths, in the last calm: in each its init, and the servers."""
+    processes_max: int = 0
+    """At any moment that was looked at."""
     moves: list[Move] = []
     faults: list[Fault] = []
     violations: list[Violation] = []

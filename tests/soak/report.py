@@ -120,7 +120,12 @@ def _resources(result: Result) -> list[str]:
         lines.append(f"  {process:<17}{len(lives):>6}{figures[0]:>14}{figures[1]:>11}{figures[2]:>18}  {leaks}")
     lines.append("  of the longest life: first calm/last calm/most ever; '-': too short to judge")
     restarts = ", ".join(f"{name} {count}" for name, count in result.restarts.items() if count)
-    return [*lines, f"restarts: {restarts or 'none'}", f"images: {result.images_max / MIB:.1f} MiB at most"]
+    return [
+        *lines,
+        f"restarts: {restarts or 'none'}",
+        f"images: {result.images_max / MIB:.1f} MiB at most",
+        f"processes in berths: {result.processes_calm} in the last calm, {result.processes_max} at most",
+    ]
 
 
 def _verdict(judged: set[What]) -> str:

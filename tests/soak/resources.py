@@ -42,7 +42,12 @@ class Gauges:
             if home and not service.dying:
                 # Every copy of one server is the same server.
                 self._note(f"server of {service.name}", world.berths[home].server_pid, service.generation, calm=calm)
-        self._stage.result.lives = list(self._lives.values())
+        result = self._stage.result
+        result.lives = list(self._lives.values())
+        inside = _count_inside(berth.init_pid for berth in world.berths.values())
+        result.processes_max = max(result.processes_max, inside)
+        if calm:
+            result.processes_calm = inside
 
     def measure_images(self) -> None:
         """How much of their file system is taken."""
@@ -112,6 +117,12 @@ def _processes(world: World, crowd: Crowd) -> list[tuple[str, int]]:
     found = [(name, program.pid) for name, program in world.programs.items()]
     found += [("nats-server", world.nats.pid), *((process.name, process.pid) for process in crowd.processes)]
     return [(name, pid) for name, pid in found if pid]
+
+
+def _count_inside(init_pids: Iterable[int]) -> int:
+    """How many processes there are in the PID namespaces of these."""
+    spaces = {space for pid in init_pids if (space := processes.pid_namespace(pid))}
+    return sum(processes.pid_namespace(int(name)) in spaces for name in os.listdir("/proc") if name.isdecimal())
 
 
 def _heap_bytes(pid: int) -> int:

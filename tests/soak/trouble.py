@@ -24,6 +24,7 @@ PLANTED_SECONDS: Final = 8.0
 """For somebody to come to the point; then the fault is taken away."""
 STOPPED: Final = (0.3, 3.0)
 """Seconds that a process stands still: up to more than a lease of the lead."""
+CLIENTS_STOPPED: Final = (1.0, 3.0)
 NATS_AWAY: Final = (0.5, 5.0)
 SECOND_LIVES: Final = (2.0, 12.0)
 TERM_SECONDS: Final = 10.0
@@ -204,7 +205,7 @@ class Trouble:
 
     async def _stop_clients(self, chance: Random) -> None:
         process = chance.choice(self._stage.crowd.processes)
-        await self._stop_process(process.pid, "clients", chance.uniform(*STOPPED))
+        await self._stop_process(process.pid, "clients", chance.uniform(*CLIENTS_STOPPED))
 
     async def _stop_process(self, pid: int, shown: str, seconds: float) -> None:
         if pid and pid not in self._still:
