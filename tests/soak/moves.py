@@ -131,9 +131,7 @@ class Service:
             await self._stage.wait(self._random, self._pause)
             async with self._stage.at_work(), self.lock:
                 try:
-                    await self._something()
-                    if self._broken:
-                        await self._repair()
+                    await (self._repair() if self._broken else self._something())
                 except TROUBLES as error:
                     if not self.dying:
                         await self._after_trouble(error)
@@ -145,15 +143,17 @@ class Service:
 
     async def look(self) -> None:
         """In a calm: nothing is left of any migration, and the coordinator knows where the server is."""
-        for what in await tidy(self._world, self.name, patience=TIDY_SECONDS):
-            self._stage.wrong(f"in the calm: {what}", service=self.name)
-        try:
-            placement = await self._world.serves(self.name)
-        except TimeoutError:
-            self._stage.wrong("in the calm: the coordinator does not say where it is", service=self.name)
-            return
-        if placement.epoch != self._epoch:
-            self._stage.wrong(f"in the calm: epoch {placement.epoch}, not {self._epoch}", service=self.name)
+        wrong = await tidy(self._world, self.name, ids=self._ids, patience=TIDY_SECONDS)
+        if not wrong:
+            try:
+                placement = await self._world.serves(self.name)
+                if placement.epoch != self._epoch:
+                    wrong.append(f"epoch {placement.epoch}, not {self._epoch}")
+            except TimeoutError:
+                wrong.append("its server does not answer on NATS, or the coordinator does not know where it is")
+        if wrong and not self._broken:
+            self._stage.wrong(f"in the calm: {'; '.join(wrong)}", service=self.name)
+            self._broken = True
 
     async def _repair(self) -> None:
         self._broken = True
@@ -197,10 +197,9 @@ class Service:
         wrong = log_is_sound(events)
         if not (mortal or self.dying):
             wrong += await self._after(home, events, hurried=hurried)
-        if wrong and not self.dying:
-            self._broken = True
-        for what in wrong:
-            self._stage.wrong(what, service=self.name, migration=move.id)
+        if wrong:
+            self._broken = not self.dying
+            self._stage.wrong("; ".join(wrong), service=self.name, migration=move.id)
 
     async def _cancel(self, move: Move, after: float | None) -> None:
         if after is not None:
