@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,8 +13,11 @@ import pytest_asyncio
 import structlog
 
 from quicferry import faults
+from quicferry.protocol import events as ev
 from quicferry.protocol.api import MigrateRequest
-from tests.faults.checks import outcome
+from tests.faults.car import car
+from tests.faults.checks import outcome, tidy
+from tests.faults.deeds import stopped
 from tests.faults.matrix import FAILS_AT, cases, points
 from tests.faults.walk import Row, walk
 from tests.faults.world import OPTIONS, World, world
@@ -46,6 +51,41 @@ async def test_every_point_that_is_passed_is_in_the_matrix_and_the_other_way_rou
     known = {point for point in points() if not point.startswith("client.")}  # there is no client here
     assert passed - known <= NO_STEPS, "a point without faults"
     assert known <= passed, "nobody comes there"
+
+
+async def test_a_server_that_parks_too_late_gets_its_socket_back_from_the_next_migration(broken_world: World) -> None:
+    """It stood still right before it parked; its move was called off meanwhile, and the next one's agent listens."""
+    home = broken_world.berths[broken_world.home("echo")]
+    async with broken_world.client() as client:
+        (broken_world.faults_in(home) / "server.holding").write_text("stop")
+        await broken_world.ask(MigrateRequest(service="echo", id="first", options=OPTIONS))
+        await stopped(home.server_pid)
+        await broken_world.cancel("first")
+        assert outcome(await broken_world.ended("first")) == "rolled_back: cancelled"
+        await broken_world.ask(MigrateRequest(service="echo", id="second", options=OPTIONS))
+        await broken_world.seen("second", ev.Prepared)
+        os.kill(home.server_pid, signal.SIGCONT)
+        assert outcome(await broken_world.ended("second")).startswith("rolled_back")
+        assert await tidy(broken_world, "echo") == []
+        await client.echoes(20)
+        await broken_world.serves("echo")
+        await broken_world.ask(MigrateRequest(service="echo", id="third", options=OPTIONS))
+        assert outcome(await broken_world.ended("third")) == "completed"
+        await client.echoes(20)
+        client.check()
+
+
+async def test_a_client_that_stands_still_through_two_moves_finds_its_server(broken_world: World) -> None:
+    """Each ``migrate`` and the first words of the target that it names lie in its socket, one behind the other."""
+    await broken_world.add_berth("echo", with_server=False)
+    placement = await broken_world.serves("echo")
+    async with car(broken_world, placement.place.address, comes_back=True) as process:
+        process.send_signal(signal.SIGSTOP)
+        for berth in ("echo-b", "echo-c"):
+            await broken_world.serves("echo")
+            await broken_world.ask(MigrateRequest(service="echo", id=berth, to=berth, options=OPTIONS))
+            assert outcome(await broken_world.ended(berth)) == "completed"
+        process.send_signal(signal.SIGCONT)
 
 
 async def test_whatever_fails_wherever_the_session_and_one_copy_live(broken_world: World) -> None:

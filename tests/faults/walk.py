@@ -12,7 +12,6 @@ from typing import Final
 
 import msgspec
 
-import quicferry
 from quicferry import faults
 from quicferry.protocol import events as ev
 from quicferry.protocol.api import MigrateRequest
@@ -58,18 +57,8 @@ class Walk:
     async def client(self) -> Pinger:
         """The pinging client; dialled if there is none."""
         if self._client is None:
-            placement = await self._world.serves(SERVICE)
-            address = placement.place.address
-            dial = quicferry.connect(
-                address.host,
-                address.port,
-                cafile=str(self._world.tls / "cert.pem"),
-                server_name="localhost",
-                name=f"walker-{self.sessions}",
-            )
-            connection = await self._session.enter_async_context(dial)
-            self._client = Pinger(connection, 0.01)
-            await self._session.enter_async_context(self._client.going())
+            session = self._world.client(SERVICE, f"walker-{self.sessions}")
+            self._client = await self._session.enter_async_context(session)
             self.sessions += 1
         return self._client
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import quicferry
 from quicferry import faults
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
@@ -35,7 +36,8 @@ from quicferry.protocol.api import (
 from quicferry.protocol.errors import FerryError
 from tests.conftest import NatsServer
 from tests.e2e.berths import IMAGE, LABEL, PORT, PROJECT, Harbour, podman
-from tests.faults.parts import LOOK, Berth, Program
+from tests.e2e.moving import Pinger
+from tests.faults.parts import LOOK, PATIENCE, Berth, Program
 
 SERVICES: Final = ("coordinator", "checkpoint_agent", "restore_agent")
 NATS_PORT: Final = 4222
@@ -233,6 +235,23 @@ class World:
 
     async def events(self, migration: str) -> list[ev.AnyEvent]:
         return [event for _, event in await self.log.read(migration)]
+
+    async def seen(self, migration: str, kind: type[ev.Event]) -> None:
+        """Until the migration's log has an event of the kind."""
+        async with asyncio.timeout(PATIENCE):
+            while not any(isinstance(event, kind) for event in await self.events(migration)):
+                await asyncio.sleep(LOOK)
+
+    @contextlib.asynccontextmanager
+    async def client(self, service: str = "echo", name: str = "client") -> AsyncIterator[Pinger]:
+        """A client's session, pinging while the block runs."""
+        address = (await self.serves(service)).place.address
+        cafile = str(self.tls / "cert.pem")
+        dial = quicferry.connect(address.host, address.port, cafile=cafile, server_name="localhost", name=name)
+        async with dial as connection:
+            pinger = Pinger(connection, 0.01)
+            async with pinger.going():
+                yield pinger
 
     async def ended(self, migration: str, patience: float = 120.0) -> list[ev.AnyEvent]:
         """The migration's events up to its outcome. Raises TimeoutError."""

@@ -110,7 +110,7 @@ class Images:
     def size_bytes(self) -> int:
         """What the images take."""
         total = 0
-        for entry in os.scandir(self.path):
+        for entry in os.scandir(self.path) if self.path.exists() else ():  # the migration was called off meanwhile
             with contextlib.suppress(FileNotFoundError):  # the other side deletes an image that it must not use
                 total += entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
         return total

@@ -114,6 +114,8 @@ class Dock:
         self._listener = listener
         self._port = port
         self._expected = 0
+        self.parked_for = ""
+        """The migration for which the server says that it parks."""
         self._answer: handover.Adopted | None = None
         self._giving: Callable[[], None] | None = None
         self._udp: socket.socket | None = None
@@ -247,19 +249,20 @@ class Dock:
         try:
             request = wire.decode(line, handover.Request)
             if isinstance(request, handover.Park):
-                await self._park(connection, received)
+                await self._park(connection, request.id, received)
             else:
                 self._adopt(connection, request)
         finally:
             for udp in received:
                 udp.close()
 
-    async def _park(self, connection: socket.socket, received: list[socket.socket]) -> None:
+    async def _park(self, connection: socket.socket, migration: str, received: list[socket.socket]) -> None:
         if len(received) != 1 or received[0].type != socket.SOCK_DGRAM:
             raise FerryError("bad_request", f"park came with {len(received)} sockets; one UDP socket is due.")
         # Kept from here on, whatever follows: the server may have closed its own already.
         self._drop()
         self._udp = received.pop()
+        self.parked_for = migration
         with contextlib.suppress(OSError):
             _grow(self._udp)
         # Only at end of file has the server closed its own copy: before it, it could still send.

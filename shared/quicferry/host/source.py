@@ -125,7 +125,7 @@ class Source:
         gone = asyncio.create_task(server.exited(limit))
         try:
             await asyncio.wait({parked, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if dock.parked:
+            if dock.parked and dock.parked_for == self._request.id:
                 # At once: the clients' pause has begun.
                 self._held_at = time.monotonic()
                 faults.strike("source.parked")
@@ -140,6 +140,13 @@ class Source:
                     "server_gone",
                     "The server exited on SIGTERM instead of holding: it was not armed.",
                     hint="An armed server is told its new address first, through NATS.",
+                )
+            if dock.parked:
+                # It stood still in the middle of a move that was called off, and woke up only now.
+                raise FerryError(
+                    "hold_refused",
+                    f"The server stands still for the migration {dock.parked_for!r}, which is over.",
+                    hint="It gets its socket back; ask for the migration again.",
                 )
             raise FerryError(
                 "hold_refused",
@@ -298,11 +305,12 @@ class Source:
                     raise
         if self._server is None or self._berth is None:
             return
-        udp = None
+        udp, held_for = None, self._request.id
         if self._dock is not None:
             if self._told and not self._dock.parked:
                 await self._dock.stop_parking()
             udp = self._dock.take()
+            held_for = self._dock.parked_for or held_for  # it takes a socket of that migration only
             await self._dock.close()
             self._dock = None
         if udp is None:
@@ -315,7 +323,7 @@ class Source:
         place = self._request.source
         self._dock.offer(
             handover.Adopted(
-                id=self._request.id,
+                id=held_for,
                 outcome="rolled_back",
                 node=place.node,
                 berth=place.berth,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 from aioquic.asyncio.protocol import QuicConnectionProtocol
@@ -35,6 +36,8 @@ class Stream(asyncio.Transport):
         loop = asyncio.get_running_loop()
         self.id = stream_id
         self.reader = asyncio.StreamReader(loop=loop)
+        self.sink: Callable[[bytes], None] | None = None
+        """Takes the data, in the very moment that it comes, instead of the reader, which learns of the end only."""
         self._protocol = asyncio.StreamReaderProtocol(self.reader, loop=loop)
         self.writer = asyncio.StreamWriter(self, self._protocol, self.reader, loop)
         self._connection = connection
@@ -56,7 +59,7 @@ class Stream(asyncio.Transport):
                 self.abort()
                 return
         if data:
-            self.reader.feed_data(data)
+            (self.sink or self.reader.feed_data)(data)
         if end:
             self._received_all = True
             self.reader.feed_eof()

@@ -60,6 +60,7 @@ class Follower:
         self._pending: Migration | None = None
         self._epoch = 0
         self._control: Stream | None = None
+        self._decoder: LineDecoder[FromServer] = LineDecoder(FromServer)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._probing: asyncio.TimerHandle | None = None
         self._pings = 0
@@ -77,6 +78,7 @@ class Follower:
     def start(self, name: str) -> None:
         """Open the control stream, the connection's first, and say hello."""
         self._control = self._connection.new_stream()
+        self._control.sink = self._hear
         self._tell(Hello(client=name, quiesce=self._on_quiesce is not None))
         self._spawn(self._listen(self._control))
 
@@ -99,20 +101,27 @@ class Follower:
 
     # The control stream.
 
-    async def _listen(self, stream: Stream) -> None:
-        decoder: LineDecoder[FromServer] = LineDecoder(FromServer)
+    def _hear(self, data: bytes) -> None:
+        """At once: of two moves in a row, the first target's datagrams may be in the queue behind its ``migrate``."""
         try:
-            while data := await stream.reader.read(4096):
-                for message in decoder.feed(data):
-                    if isinstance(message, Migrate):
-                        self._migrate(message)
-                    else:
-                        self._rollback(message)
-            log.info("control_stream_ended")
-            stream.close()
+            for message in self._decoder.feed(data):
+                if isinstance(message, Migrate):
+                    self._migrate(message)
+                else:
+                    self._rollback(message)
         except FerryError as error:
             log.error("control_stream_broken", code=error.code, reason=str(error))
-            stream.abort()
+            if self._control is not None:
+                self._control.abort()
+        except Exception:  # we are called from within QUIC: a defect of ours must not cost the session
+            log.exception("control_line_failed")
+
+    async def _listen(self, stream: Stream) -> None:
+        """Until the control stream ends."""
+        try:
+            await stream.reader.read()
+            log.info("control_stream_ended")
+            stream.close()
         except ConnectionError as error:
             log.info("control_stream_lost", reason=str(error))
         if self._control is stream:
