@@ -56,7 +56,7 @@ class Echo:
     def _park(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
             unix.connect(AGENT)
-            socket.send_fds(unix, [b'{"op":"park","id":"any"}\n'], [self.udp.fileno()])
+            socket.send_fds(unix, [b'{"op":"park"}\n'], [self.udp.fileno()])
             self.udp.close()
 
     def _adopt(self) -> dict[str, Any]:

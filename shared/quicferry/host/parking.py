@@ -114,8 +114,8 @@ class Dock:
         self._listener = listener
         self._port = port
         self._expected = 0
-        self.parked_for = ""
-        """The migration for which the server says that it parks."""
+        self.parked_for: str | None = None
+        """The migration for which the server says that it parks, if it says."""
         self._answer: handover.Adopted | None = None
         self._giving: Callable[[], None] | None = None
         self._udp: socket.socket | None = None
@@ -256,7 +256,7 @@ class Dock:
             for udp in received:
                 udp.close()
 
-    async def _park(self, connection: socket.socket, migration: str, received: list[socket.socket]) -> None:
+    async def _park(self, connection: socket.socket, migration: str | None, received: list[socket.socket]) -> None:
         if len(received) != 1 or received[0].type != socket.SOCK_DGRAM:
             raise FerryError("bad_request", f"park came with {len(received)} sockets; one UDP socket is due.")
         # Kept from here on, whatever follows: the server may have closed its own already.

@@ -125,7 +125,7 @@ class Source:
         gone = asyncio.create_task(server.exited(limit))
         try:
             await asyncio.wait({parked, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if dock.parked and dock.parked_for == self._request.id:
+            if dock.parked and dock.parked_for in (None, self._request.id):
                 # At once: the clients' pause has begun.
                 self._held_at = time.monotonic()
                 faults.strike("source.parked")

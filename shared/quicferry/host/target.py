@@ -296,11 +296,14 @@ class Target:
         """Get hold of the server at the source and of its shared heap; nothing changes once they have been found."""
         if self._source is not None:
             return
-        with contextlib.suppress(FerryError):  # no source: then it is the checkpoint agent who says so
+        try:
             berth = await self._podman.berth(self._request.source.berth)
             self._source = processes.occupant(berth.init_pid)
-            if self._source is not None:
-                self._heap = Heap.of(self._source.pid)
+        except FerryError as error:
+            if error.code != "berth_gone":  # no source: then it is the checkpoint agent who says so
+                raise
+        if self._source is not None:
+            self._heap = Heap.of(self._source.pid)
 
     async def _dock_in(self, berth: BerthFacts) -> Dock:
         """The dock with the parked socket; another one if the berth is another one by now."""

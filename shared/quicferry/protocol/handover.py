@@ -34,8 +34,9 @@ def socket_name(port: int) -> str:
     return f"\0quicferry.parking.{port}"
 
 
-class Park(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag="park"):
-    id: Name
+class Park(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="op", tag="park"):
+    id: Name | None = None
+    """The migration that the process parks for; None for whichever the agent has."""
 
 
 class Adopt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="op", tag="adopt"):
