@@ -256,6 +256,8 @@ class Trouble:
                 if kind == "server killed":
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
+                    while self._world.berths[home].server_pid == pid:  # dying takes a moment
+                        await asyncio.sleep(LOOK)
                 else:
                     await self._world.remove_berth(home if kind == "its berth removed" else chance.choice(empty))
                 await self._stage.pause(chance.uniform(0, 3))
