@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from typing import Any
 
 from quicferry import faults
 from quicferry.protocol.api import Address
@@ -39,19 +40,18 @@ async def car(world: World, address: Address, *, comes_back: bool) -> AsyncItera
         },
         stdout=asyncio.subprocess.PIPE,
     )
-    assert process.stdout is not None
-    reading: asyncio.Task[bytes] | None = None
+    reading: asyncio.Task[None] | None = None
+    said: list[dict[str, Any]] = []
+    news = asyncio.Event()
     try:
-        async with asyncio.timeout(PATIENCE):
-            while json.loads(await process.stdout.readline())["event"] != "connected":
-                pass
-        reading = asyncio.create_task(process.stdout.read())
+        reading = asyncio.create_task(_read(process, said, news))
+        await _until(said, news, "connected")
         yield process
         if comes_back:
+            await _until(said, news, "move")
             process.send_signal(signal.SIGINT)
-            async with asyncio.timeout(PATIENCE):
-                said = [json.loads(line) for line in (await reading).splitlines()]
-            (summary,) = (line for line in said if line["event"] == "summary")
+            await _until(said, news, "summary")
+            summary = said[-1]
             assert summary["handshakes"] == 1, f"the stopped client shook hands {summary['handshakes']} times"
             assert summary["echoes_lost"] == 0, f"the stopped client lost {summary['echoes_lost']} echoes"
     finally:
@@ -60,3 +60,17 @@ async def car(world: World, address: Address, *, comes_back: bool) -> AsyncItera
         await process.wait()
         if reading is not None:
             await reading
+
+
+async def _read(process: asyncio.subprocess.Process, said: list[dict[str, Any]], news: asyncio.Event) -> None:
+    assert process.stdout is not None
+    async for line in process.stdout:
+        said.append(json.loads(line))
+        news.set()
+
+
+async def _until(said: list[dict[str, Any]], news: asyncio.Event, event: str) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not any(line["event"] == event for line in said):
+            news.clear()
+            await news.wait()
