@@ -230,7 +230,7 @@ class Walk:
             except FerryError as error:
                 if error.code not in ("service_busy", "no_target") or asyncio.get_running_loop().time() > end:
                     raise
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # the last case may hold the service for a moment longer
         events = await world.ended(migration)
         if (result := outcome(events)) != "completed":
             return [f"the next migration: {result}"]

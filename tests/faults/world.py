@@ -204,7 +204,7 @@ class World:
                     raise
                 if error.code not in ("no_answer", "not_leading", "nats_unreachable", "internal"):
                     raise
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # as the command does: nothing tells when one leads
 
     async def cancel(self, migration: str) -> None:
         with contextlib.suppress(FerryError):  # too late, or nobody there: the fault is what is tested
@@ -261,7 +261,7 @@ class World:
                     seen = await self.events(migration)
                     if any(isinstance(event, ev.Completed | ev.RolledBack | ev.Failed) for event in seen):
                         return seen
-                await asyncio.sleep(5 * LOOK)
+                await asyncio.sleep(5 * LOOK)  # the log is asked, and not followed: NATS may be away
 
 
 @contextlib.asynccontextmanager
