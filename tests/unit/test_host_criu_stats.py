@@ -101,5 +101,9 @@ def test_statistics_that_are_not_there_yet_are_none(tmp_path: Path) -> None:
         assert read is not None
         assert read.pages_written == 2_663
         assert criu_stats.read_restore(folder) is not None
+        for name in ("stats-dump", "stats-restore"):  # as a full disk leaves them
+            (tmp_path / name).write_bytes(b"")
+        assert criu_stats.read_dump(folder) is None
+        assert criu_stats.read_restore(folder) is None
     finally:
         os.close(folder)

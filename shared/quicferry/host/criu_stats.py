@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import msgspec
+import structlog
 from google.protobuf.message import DecodeError
 
 from quicferry.host import criu_rpc_pb2 as rpc
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
 
 SERVICE_MAGIC: Final = 0x55105940
 STATS_MAGIC: Final = 0x57093306
@@ -79,15 +84,24 @@ def parse_restore(data: bytes) -> RestoreStats:
 
 
 def read_dump(directory_fd: int) -> DumpStats | None:
-    """The dump's statistics in a work directory; None while CRIU has not written them."""
+    """The dump's statistics in a work directory; None while CRIU has not written them, or could not: a full disk."""
     data = _read(directory_fd, "stats-dump")
-    return None if data is None else parse_dump(data)
+    return None if data is None else _or_none(parse_dump, data)
 
 
 def read_restore(directory_fd: int) -> RestoreStats | None:
-    """The restore's statistics in a work directory; None while CRIU has not written them."""
+    """The restore's statistics in a work directory; None while CRIU has not written them, or could not."""
     data = _read(directory_fd, "stats-restore")
-    return None if data is None else parse_restore(data)
+    return None if data is None else _or_none(parse_restore, data)
+
+
+def _or_none(parse: Callable[[bytes], T], data: bytes) -> T | None:
+    """Figures are no reason to fail a move that has worked."""
+    try:
+        return parse(data)
+    except StatsError as error:
+        log.warning("statistics_unreadable", error=str(error))
+        return None
 
 
 def _read(directory_fd: int, name: str) -> bytes | None:
