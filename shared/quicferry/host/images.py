@@ -121,7 +121,15 @@ class Images:
         return sum(file.stat().st_size for file in self.path.glob("pages-*.img")) // page
 
     def write_manifest(self, manifest: Manifest) -> None:
-        (self.path / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+        """Raises FerryError ``machine_unfit`` if there is no room for it."""
+        try:
+            (self.path / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+        except OSError as error:
+            raise FerryError(
+                "machine_unfit",
+                f"Images can't be written at {self.root}: {error.strerror}.",
+                hint="Give that tmpfs more room (its size= option).",
+            ) from None
 
     def manifest(self) -> Manifest:
         """Raises FerryError ``internal`` if the dump left none."""
