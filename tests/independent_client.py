@@ -71,6 +71,7 @@ class Client(QuicConnectionProtocol):
             elif message["type"] == "rollback" and message["id"] == self._pending:
                 self._pending = ""
                 self.wire.target = None
+                self.probe()
                 say("rollback", id=message["id"])
         say("control_closed")
 

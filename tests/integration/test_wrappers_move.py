@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from quicferry.protocol.api import Options
+from quicferry.quic import internals
 from quicferry.quic.addresses import shown
 from quicferry.quic.client import Connection
 from quicferry.quic.follower import Follower
@@ -168,6 +169,28 @@ async def test_a_rollback_leaves_everybody_where_they_were(tls: Tls) -> None:
         assert await connection.migrations[-1].arrived(LIMIT) == "arrived"
 
 
+async def test_after_a_rollback_that_lost_the_queue_no_timer_is_waited_for(tls: Tls) -> None:
+    """The agent with the source's socket died, and what was in it too. A client's timer has backed off by then."""
+    async with ServerProcess.start(tls) as server, dial(tls, server.port) as connection:
+        assert await ping(connection) == b"ping"
+        with Agent(server.port) as agent, parked() as target:
+            await server.arm("lossy", target.getsockname()[1])
+            server.signal(signal.SIGTERM)
+            _, source = await agent.take()
+            with source:
+                asked = asyncio.create_task(ping(connection, bytes(1000)))
+                async with asyncio.timeout(LIMIT):
+                    while len(await asyncio.get_running_loop().sock_recv(source, 2048)) < 1000:
+                        pass  # an acknowledgement, or a probe
+            connection._wire._quic._loss._pto_count = 30  # it would fire in a year
+            internals.stop_timer(connection._wire)
+            server.signal(signal.SIGUSR2)
+            await agent.give(parked(server.port), "lossy", "rolled_back", epoch=0)
+            await server.until("server.adopted")
+        assert await connection.migrations[-1].arrived(LIMIT) == "rolled_back"
+        assert await asked == bytes(1000)
+
+
 async def test_a_held_server_takes_no_socket_of_another_migration(tls: Tls) -> None:
     """It could be the other copy's that serves: whoever is held waits for its own migration's end."""
     async with ServerProcess.start(tls) as server, dial(tls, server.port) as connection:
@@ -314,7 +337,7 @@ async def test_a_held_server_has_no_socket_says_nothing_and_dies_of_sigterm(tls:
             server.signal(signal.SIGTERM)
             _, source = await agent.take()
             assert ip_sockets(server.process.pid) == set()
-            connection._wire.probe(1)  # something it would answer if it could
+            connection._wire.probe()  # something it would answer if it could
             server.signal(signal.SIGTERM)
             assert await server.exit_code() == 0
             source.close()

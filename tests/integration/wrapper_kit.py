@@ -229,10 +229,10 @@ class Agent:
         return connection
 
 
-def parked() -> socket.socket:
+def parked(port: int = 0) -> socket.socket:
     """A socket bound as the target's, queueing what comes."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 1024 * 1024)
-    sock.bind(("127.0.0.1", 0))
+    sock.bind(("127.0.0.1", port))
     sock.setblocking(False)
     return sock

@@ -92,6 +92,19 @@ def test_the_congestion_window_is_there(tmp_path: Path) -> None:
     assert internals.congestion_window(client) >= 10_000
 
 
+def test_a_probe_is_sent_into_a_full_congestion_window(tmp_path: Path) -> None:
+    client, server = pair(tmp_path)
+    client.send_stream_data(internals.reserve_stream(client), bytes(100_000))
+    for turn in range(200):  # it paces itself
+        client.datagrams_to_send(now=2.0 + turn / 1000)  # all of it is lost
+    client.send_ping(1)
+    assert not client.datagrams_to_send(now=2.2)
+    internals.send_probe(client)
+    before = internals.largest_received(server)
+    exchange(client, server, 2.2)
+    assert internals.largest_received(server) > before
+
+
 async def test_a_stopped_timer_is_gone(tmp_path: Path) -> None:
     client, _ = pair(tmp_path)
     protocol = QuicConnectionProtocol(client)

@@ -190,10 +190,10 @@ class StreamConnection(QuicConnectionProtocol):
         if self._transport is not None:
             self.transmit()
 
-    def probe(self, uid: int) -> None:
-        """Send something the peer has to acknowledge (PING, RFC 9000, 19.2)."""
+    def probe(self) -> None:
+        """Send something that the peer must acknowledge, which ends any waiting for a retransmission timer."""
         if not self.over:
-            self._quic.send_ping(uid)
+            internals.send_probe(self._quic)
             self.transmit_now()
 
     def say_goodbye(self, reason: str) -> None:

@@ -183,7 +183,7 @@ class Connection:
         """
         address = shown(self._seam.rebind_local(local))
         self._wire.quic.change_connection_id()
-        self._wire.probe(0)
+        self._wire.probe()
         log.info("local_rebound", local=address)
         return address
 

@@ -63,7 +63,6 @@ class Follower:
         self._decoder: LineDecoder[FromServer] = LineDecoder(FromServer)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._probing: asyncio.TimerHandle | None = None
-        self._pings = 0
         seam.on_target_heard = self._target_heard
 
     @property
@@ -175,8 +174,8 @@ class Follower:
         if target == self.seam.peer:
             self._target_heard()  # the address stays: there is nothing to tell the two servers apart by
             return
-        self._ping()
-        self._probe()
+        self._connection.probe()
+        self._keep_probing()
         if self._on_quiesce is not None:
             self._spawn(self._quiesce(migration, message.quiesce_ms / 1000))
 
@@ -191,6 +190,8 @@ class Follower:
         self.seam.abandon()
         log.info("rolled_back", id=message.id, peer=shown(self.seam.peer))
         self._finish(self._pending, "rolled_back")
+        # What was sent into the pause may be lost, and our timer has backed off to many seconds by now.
+        self._connection.probe()
 
     def _target_heard(self) -> None:
         migration = self._pending
@@ -240,19 +241,15 @@ class Follower:
 
     # Something for the target to answer.
 
-    def _probe(self) -> None:
+    def _keep_probing(self) -> None:
         migration = self._pending
         if migration is None:
             return
         age = time.monotonic() - migration.seen_at
         every = next(every for until, every in PROBES if age < until)
         if time.monotonic() - self.seam.sent_at >= every:
-            self._ping()
-        self._probing = asyncio.get_running_loop().call_later(every, self._probe)
-
-    def _ping(self) -> None:
-        self._pings += 1
-        self._connection.probe(self._pings)
+            self._connection.probe()
+        self._probing = asyncio.get_running_loop().call_later(every, self._keep_probing)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)

@@ -34,6 +34,11 @@ def congestion_window(quic: QuicConnection) -> int:
     return quic._loss.congestion_window
 
 
+def send_probe(quic: QuicConnection) -> None:
+    """The next packet is one that the peer must acknowledge, even into a full congestion window (RFC 9002, 7.5)."""
+    quic._send_probe()
+
+
 def stop_timer(protocol: QuicConnectionProtocol) -> None:
     """No timer of the connection fires any more; for one that is given up for good."""
     if protocol._timer is not None:
