@@ -135,6 +135,32 @@ async def test_a_listener_that_never_answers(bus: Bus) -> None:
     assert "within" in caught.value.message
 
 
+async def test_a_connection_lost_before_it_is_closed_is_closed_whole(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nats-py writes once more what it has to send, which on a lost connection is a TypeError from Python 3.12 on."""
+
+    def writelines(data: object) -> None:
+        raise TypeError("'NoneType' object is not callable")
+
+    async with Bus.connect("test", NatsSettings.load(nats_server.url), wait=True) as bus:
+        subscription = await bus.nats.subscribe("quicferry.status", cb=_ignore)
+        nats_server.stop()
+        async with asyncio.timeout(5):
+            while bus.nats.is_connected:  # noqa: ASYNC110 - nats-py tells nobody but the Bus
+                await asyncio.sleep(0.005)
+        await bus.nats.publish("quicferry.status", b"waits")
+        assert bus.nats.pending_data_size > 0
+        monkeypatch.setattr(bus.nats._transport, "writelines", writelines)
+    assert bus.nats.is_closed
+    assert subscription._wait_for_msgs_task is not None
+    assert subscription._wait_for_msgs_task.cancelling() or subscription._wait_for_msgs_task.done()
+
+
+async def _ignore(message: object) -> None:
+    """Nobody sends it anything."""
+
+
 async def test_without_jetstream_the_reason_is_told(tmp_path: Path) -> None:
     server = NatsServer(
         tmp_path,

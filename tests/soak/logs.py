@@ -16,7 +16,9 @@ DEFECTS: Final = re.compile(
 EXCUSED: Final = ("quicferry/faults.py", "in _process_pong")
 """In a traceback: what failed was made to; and nats-py's own, when the answer comes to a flush that was given up."""
 AROUND: Final = 1500
-"""Characters of what follows that are shown."""
+"""Characters of what follows that are shown at least."""
+STAMP: Final = re.compile(r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d", re.MULTILINE)
+"""How the next line of a log begins."""
 
 
 def defects(text: str) -> list[str]:
@@ -26,7 +28,9 @@ def defects(text: str) -> list[str]:
     for match in DEFECTS.finditer(text):
         if match.start() >= end:
             begin = text.rfind("\n", 0, match.start()) + 1
-            end = match.start() + AROUND
+            # All of it, and what it was the cause of: what excuses it may be far from where it begins.
+            stamp = STAMP.search(text, match.end())
+            end = max(match.start() + AROUND, stamp.start() if stamp else len(text))
             if not any(excuse in text[begin:end] for excuse in EXCUSED):
                 found.append(text[begin:end].strip())
     return found

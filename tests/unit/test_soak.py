@@ -138,5 +138,17 @@ def test_a_traceback_that_was_planted_is_none() -> None:
     assert logs.defects(TRACEBACK.replace("agent.py", "shared/quicferry/faults.py")) == []
 
 
+def test_what_a_planted_failure_led_to_is_excused_with_it() -> None:
+    frames = "".join(f'  File "asyncio/tasks.py", line {number}, in wait\n' for number in range(50))
+    chain = (
+        "2026-11-24T16:27:57.0 [error    ] step_failed code=phase_timeout\nTraceback (most recent call last):\n File "
+        f'"shared/quicferry/faults.py", line 43, in at\n{frames}CancelledError\n\nThe above exception was the direct '
+        "cause of the following exception:\n\nTraceback (most recent call last):\nTimeoutError\n"
+    )
+    after = "2026-11-24T16:27:57.2 [info     ] target_left\n"
+    assert logs.defects(chain + after) == []
+    assert len(logs.defects(chain + after + TRACEBACK)) == 1
+
+
 def _result() -> Result:
     return Result(seed=7, seconds=60.0, services=2, clients=3)

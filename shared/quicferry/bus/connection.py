@@ -145,13 +145,18 @@ class Bus:
 
     async def _close(self) -> None:
         # The server may be gone: closing is a courtesy and must not take long.
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                if self.nats.is_connected:
-                    await self.sync()
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self.nats.close()
+        try:
+            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    if self.nats.is_connected:
+                        await self.sync()
+        finally:
+            # What is left now nobody waits for. nats-py would write it once more, and on a connection that is lost
+            # asyncio's writelines() is a TypeError (Python 3.12 and 3.13): then nats-py would stay half closed.
+            self.nats._pending, self.nats._pending_data_size = [], 0
+            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self.nats.close()
 
     # What nats-py tells us.
 
