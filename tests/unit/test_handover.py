@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from quicferry.protocol import handover, wire
 from quicferry.protocol.api import Address
 from quicferry.protocol.errors import FerryError
 from quicferry.quic import hold
-from quicferry.quic.migratable import MigratableUDP
+from quicferry.quic.migratable import CONTROL_BYTES, MigratableUDP, _came_at
 
 ADOPTED = handover.Adopted(
     id="m", outcome="moved", node="n", berth="b", address=Address(host="192.0.2.1", port=4242), epoch=1
@@ -195,11 +196,27 @@ async def test_everything_queued_is_read_from_adoption_on() -> None:
     endpoint.close()
 
 
+@contextlib.contextmanager
+def arrivals_noted() -> Iterator[None]:
+    """While it lasts the kernel notes when a datagram arrives: it begins to a moment after the first socket has asked
+    for it (net_enable_timestamp()), and until then gives the time when the datagram is read."""
+    with udp() as sender, udp() as witness:
+        witness.setsockopt(socket.SOL_SOCKET, handover.SO_TIMESTAMPNS, 1)
+        for _ in range(100_000):
+            sender.sendto(b"?", witness.getsockname())
+            sent = time.time()
+            if _came_at(witness.recvmsg(1, CONTROL_BYTES)[1]) <= sent:
+                break
+        else:
+            pytest.fail("this kernel notes no arrivals")
+        yield
+
+
 async def test_what_came_before_the_pause_is_read_last() -> None:
     got = Received(200)
     endpoint = MigratableUDP.bind("127.0.0.1", 0, got)
     endpoint.release().close()
-    with udp() as sender:
+    with arrivals_noted(), udp() as sender:
         parked = udp()
         parked.setsockopt(socket.SOL_SOCKET, handover.SO_TIMESTAMPNS, 1)
         for number in range(199):

@@ -67,4 +67,4 @@ async def test_asking_whether_it_is_there_changes_nothing(mover: Mover) -> None:
     for _ in range(2 * REMEMBERED):
         mover.arm(ARE_YOU_THERE)
     assert mover._armed == arm("m2")
-    assert list(mover._disarmed) == ["m1"]
+    assert list(mover._past) == ["m1"]

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Protocol
 
@@ -40,7 +39,7 @@ ARMED_TIME: Final = 20.0
 TOLD_AT_ONCE: Final = 8
 """Clients told of a move before the loop goes round once."""
 REMEMBERED: Final = 64
-"""Moves whose late acks and accounts are still understood, and whose ids are not armed again; and ids disarmed."""
+"""Moves whose late acks and accounts are still understood, and whose ids are not armed again."""
 
 
 class Serving(Protocol):
@@ -76,9 +75,8 @@ class Mover:
         self._move: Move | None = None
         self._task: asyncio.Task[None] | None = None
         self._joined = asyncio.Event()
-        self._past: dict[str, Move] = {}
-        self._past_ids: deque[str] = deque()
-        self._disarmed: dict[str, None] = {}
+        self._past: dict[str, Move | None] = {}
+        """The last moves by id, the oldest first; None for one that was called off before it began."""
         self._background: set[asyncio.Task[Any]] = set()
 
     @property
@@ -95,13 +93,14 @@ class Mover:
         """
         if request.target is None:
             self._call_off(request.id)
-            self._remember_disarmed(request.id)
+            if request.id != ARE_YOU_THERE.id:
+                self._remember(request.id, None)
             return
         if self._move is not None:
             if self._move.id != request.id:
                 raise FerryError("service_busy", f"The server is moving already, as {self._move.id}.")
             return
-        if request.id in self._past or request.id in self._disarmed:
+        if request.id in self._past:
             raise FerryError("too_late", f"The move {request.id} is over here.")
         self._set_armed(request)
         log.info("armed", id=request.id, target=f"{request.target.host}:{request.target.port}")
@@ -320,23 +319,18 @@ class Mover:
         self._spawn(self._resumed(move, "rolled_back"))
         log.info("move_called_off", id=migration, code="cancelled", reason="disarmed")
 
-    def _remember_disarmed(self, migration: str) -> None:
-        if migration == ARE_YOU_THERE.id:
-            return
-        self._disarmed[migration] = None
-        if len(self._disarmed) > REMEMBERED:
-            del self._disarmed[next(iter(self._disarmed))]
-
     def _tell_rollback(self, move: Move) -> None:
         for client in list(move.told.values()):
             client.tell(move.rollback_line)
 
     def _end(self, move: Move) -> None:
         self._move = None
-        if len(self._past_ids) >= REMEMBERED:
-            self._past.pop(self._past_ids.popleft(), None)
-        self._past[move.id] = move
-        self._past_ids.append(move.id)
+        self._remember(move.id, move)
+
+    def _remember(self, migration: str, move: Move | None) -> None:
+        self._past[migration] = move or self._past.get(migration)
+        if len(self._past) > REMEMBERED:
+            del self._past[next(iter(self._past))]
 
     def _known(self, migration: str) -> Move | None:
         if self._move is not None and self._move.id == migration:
