@@ -38,6 +38,7 @@
 #define FILE_NAME "/run/quicferry-heap" // /run is a tmpfs in a berth
 #define MOST (64UL << 30)               // bytes of address space; memory is taken as it is touched
 #define PAGE 4096UL
+#define HUGE_PAGE (2UL << 20)
 #define FREE_RANGES 4096
 
 struct range {
@@ -59,6 +60,14 @@ static bool in_heap(const void *addr) { return (const char *)addr >= heap.start 
 
 static size_t whole_pages(size_t length) { return (length + PAGE - 1) & ~(PAGE - 1); }
 
+// An address at which `size` bytes are free and huge pages of the file can be mapped whole; NULL if there is none.
+static char *place_for(size_t size) {
+    char *at = kernel_mmap(NULL, size + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) return NULL;
+    syscall(SYS_munmap, at, size + HUGE_PAGE); // a hint is taken where it is free (mmap(2)), and nobody else runs yet
+    return (char *)(((uintptr_t)at + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1));
+}
+
 // If it can't be made, everything goes on with private memory. Only on a tmpfs: keys are in it, and a disk would keep them.
 static void make(void) {
     tried = true;
@@ -71,7 +80,8 @@ static void make(void) {
         size_t size = place.f_bavail * (size_t)place.f_bsize & ~(PAGE - 1);
         if (size > MOST || size == 0) size = MOST;
         if (ftruncate(fd, (off_t)size) == 0) {
-            char *at = kernel_mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+            char *at = place_for(size);
+            at = kernel_mmap(at, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
             if (at != MAP_FAILED) {
                 heap = (struct range){at, at + size};
                 free_ranges[0] = heap;

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 
 from quicferry.host import processes
-from quicferry.host.heap import Heap
+from quicferry.host.heap import HUGE_PAGE, Heap
 from quicferry.host.podman import Podman
 from quicferry.protocol.errors import FerryError
 from tests.e2e.berths import ECHO, IMAGE, PORT, PROJECT, EchoClient, Harbour, TestBerth
@@ -83,6 +84,31 @@ async def test_memory_that_is_shared_is_not_copied(port: Harbour, podman: Podman
     ballast = (64 << 20) // os.sysconf("SC_PAGE_SIZE")
     assert pages["private"] > ballast
     assert pages["shared"] < ballast / 10
+
+
+def huge_bytes(berth: TestBerth) -> int:
+    """Of the server's heap, what it has mapped by huge pages (proc_pid_smaps(5))."""
+    lines = Path(f"/proc/{occupant_pid(berth)}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("ShmemPmdMapped:"))
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="transparent huge pages are missing"
+)
+async def test_the_copy_maps_the_heap_by_huge_pages(port: Harbour, podman: Podman) -> None:
+    """Page by page it would be thousands of faults between the resume and the first answer."""
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    with EchoClient() as client:
+        await client.ask(here, "first")
+        assert not huge_bytes(here)
+        async with Ends(port, podman, here, there) as ends:
+            await ends.source.hold()
+            await ends.source.dump()
+            await ends.target.restore()
+            await ends.resume()
+            await ends.source.release()
+        assert await client.ask(there, "second") == 2
+    assert huge_bytes(there) >= HUGE_PAGE
 
 
 async def test_the_heap_outlives_the_berth_it_was_made_in(port: Harbour, podman: Podman) -> None:

@@ -47,6 +47,10 @@ class Process:
             os.close(self._fd)
             self._fd = -1
 
+    def fileno(self) -> int:
+        """The pidfd; closed with this object."""
+        return self._fd
+
     def signal(self, number: int) -> bool:
         """Send a signal; False if the process has exited."""
         try:

@@ -81,7 +81,7 @@ class MigratableUDP(UdpEndpoint):
             old.close()
         fresh, stale = self._queued(sock, since)
         self._waiting.extend((*fresh, *stale))
-        self._take_waiting()
+        self._take_waiting(1)  # its answer leaves before the others are looked at: that ends the client's pause
         return len(fresh) + len(stale)
 
     def _queued(self, sock: socket.socket, since: float) -> tuple[list[Datagram], list[Datagram]]:
@@ -99,8 +99,8 @@ class MigratableUDP(UdpEndpoint):
             (fresh if _came_at(control) >= since else stale).append((data, normalised(address)))
         return fresh, stale
 
-    def _take_waiting(self) -> None:
-        for _ in range(min(BATCH, len(self._waiting))):
+    def _take_waiting(self, most: int = BATCH) -> None:
+        for _ in range(min(most, len(self._waiting))):
             self._hand_up(*self._waiting.popleft())
         if self._waiting:
             # Behind the application that these woke, ahead of timers: asyncio puts those that are due at the end.
