@@ -23,7 +23,7 @@ MARK: Final = "/quicferry-heap (deleted)"
 
 HUGE_PAGE: Final = 2 << 20
 COLLAPSE_SECONDS: Final = 1.0
-"""Most time that one migration spends on making huge pages."""
+"""Most time that one migration spends on making huge pages; what is left then is the next one's."""
 
 _SYS_PROCESS_MADVISE: Final = 440
 """The same on every architecture (process_madvise(2))."""
@@ -67,15 +67,17 @@ class Heap:
         """The memory it takes; untouched parts take none."""
         return os.fstat(self.fd).st_blocks * 512
 
-    async def collapse(self, server: Process) -> int:
+    async def collapse(self, server: Process, *, limit: float) -> int:
         """Have the kernel put the heap of the running ``server`` into huge pages; how many were made or found.
+
+        For ``limit`` seconds at most, and no longer than COLLAPSE_SECONDS.
 
         A restored copy maps every page anew when it first touches it: thousands of faults before the first answer,
         or a dozen. Best effort (madvise(2), MADV_COLLAPSE, Linux 6.1): without room or right it stays as it is.
         """
         # Its own, for a thread can't be cancelled, and these may be closed meanwhile.
         fds = os.dup(server.fileno()), os.dup(self.fd)
-        return await asyncio.to_thread(_collapse, self._base, *fds)
+        return await asyncio.to_thread(_collapse, self._base, *fds, min(limit, COLLAPSE_SECONDS))
 
     def close(self) -> None:
         """Safe to repeat."""
@@ -84,9 +86,9 @@ class Heap:
             self.fd = -1
 
 
-def _collapse(base: int, pidfd: int, fd: int) -> int:
+def _collapse(base: int, pidfd: int, fd: int, limit: float) -> int:
     """Closes both descriptors."""
-    end, huge = time.monotonic() + COLLAPSE_SECONDS, 0
+    end, huge = time.monotonic() + limit, 0
     try:
         for offset in _well_filled(fd):
             part = _IoVec(base + offset, HUGE_PAGE)
