@@ -44,6 +44,16 @@ def test_a_root_that_can_not_be_made_is_told(tmp_path: Path) -> None:
         module.check_root(tmp_path / "file" / "root")
 
 
+def test_images_that_the_other_side_has_deleted_are_told_as_such(images: Images) -> None:
+    """Called off while this side still prepares."""
+    images.create()
+    images.remove()
+    for use in (lambda: images.open("images"), lambda: images.open("work"), images.listen_for_complete):
+        with pytest.raises(FerryError) as caught:
+            use()
+        assert caught.value.code == "too_late"
+
+
 def test_sizes_and_pages_are_of_the_files(images: Images) -> None:
     page = os.sysconf("SC_PAGE_SIZE")
     (images.path / "pages-1.img").write_bytes(b"x" * page * 3)

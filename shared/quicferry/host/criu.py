@@ -46,7 +46,11 @@ class CriuSession:
     def __init__(self, images: Images, external: Sequence[str] = ()) -> None:
         self._external = external
         self._images_fd = images.open("images")
-        self._work_fd = images.open("work")
+        try:
+            self._work_fd = images.open("work")
+        except BaseException:
+            os.close(self._images_fd)
+            raise
         self._output_fd = os.memfd_create("criu-output", os.MFD_CLOEXEC)
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)

@@ -70,9 +70,9 @@ class Heap:
     async def collapse(self, server: Process, *, limit: float) -> int:
         """Have the kernel put the heap of the running ``server`` into huge pages; how many were made or found.
 
-        For ``limit`` seconds at most, and no longer than COLLAPSE_SECONDS. CRIU walks through the mappings page by page
-        while the server is frozen, and the copy maps each anew when it first touches it: hundreds, or a dozen. Best
-        effort (madvise(2), MADV_COLLAPSE, Linux 6.1): without room or right it stays as it is.
+        For ``limit`` seconds at most, and no longer than COLLAPSE_SECONDS. CRIU walks through the mappings page by
+        page while the server is frozen, and the copy maps each anew when it first touches it: hundreds, or a dozen.
+        Best effort (madvise(2), MADV_COLLAPSE, Linux 6.1): without room or right it stays as it is.
         """
         # Its own, for a thread can't be cancelled, and these may be closed meanwhile.
         fds = os.dup(server.fileno()), os.dup(self.fd)

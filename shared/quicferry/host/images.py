@@ -84,19 +84,32 @@ class Images:
             )
 
     def open(self, which: Literal["images", "work"]) -> int:
-        """A descriptor of the directory, inheritable by CRIU once passed on; the caller closes it."""
+        """A descriptor of the directory, inheritable by CRIU once passed on; the caller closes it.
+
+        Raises FerryError ``too_late`` if it is gone: either side deletes it when the migration is called off.
+        """
         folder = self.path if which == "images" else self.work
-        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise self._deleted() from None
+
+    def _deleted(self) -> FerryError:
+        return FerryError("too_late", f"The images of {self.migration} were deleted meanwhile: it was called off.")
 
     def listen_for_complete(self) -> int:
         """For the target: a descriptor that becomes readable once :meth:`tell_complete` was called.
 
         A FIFO (fifo(7)): the word is there in tens of microseconds, and waits if nobody reads yet.
+        Raises as :meth:`open`.
         """
         fifo = self.path / COMPLETE
-        with contextlib.suppress(FileExistsError):
-            os.mkfifo(fifo, 0o600)
-        return os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkfifo(fifo, 0o600)
+            return os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise self._deleted() from None
 
     def tell_complete(self) -> None:
         """For the source: the images are complete. Says it to nobody if no target listens."""

@@ -70,10 +70,10 @@ class Source:
         rss = processes.rss_bytes(server.pid)
         self._heap = Heap.of(server.pid)
         shared = self._heap.size_bytes if self._heap is not None else 0
+        huge = await self._heap.collapse(server, limit=self._phase / 4) if self._heap is not None else 0
         self._images.create(room_for_bytes=max(0, rss - shared))
         self._dock = Dock.open(berth.init_pid, berth.port)
         self._dock.expect(server.pid)
-        huge = await self._heap.collapse(server, limit=self._phase / 4) if self._heap is not None else 0
         external = [self._heap.key] if self._heap is not None else []
         self._criu = await CriuSession.start(berth.init_pid, self._images, external=external)
         self._log.info(
