@@ -15,14 +15,12 @@ DEFECTS: Final = re.compile(
 """A defect's traceback, something given up for good, or a task that nobody looked after."""
 EXCUSED: Final = ("quicferry/faults.py", "in _process_pong")
 """In a traceback: what failed was made to; and nats-py's own, when the answer comes to a flush that was given up."""
-AROUND: Final = 1500
-"""Characters of what follows that are shown at least."""
 STAMP: Final = re.compile(r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d", re.MULTILINE)
 """How the next line of a log begins."""
 
 
 def defects(text: str) -> list[str]:
-    """What a log says that it may not, each with what follows; one traceback is one."""
+    """What a log says that it may not, each up to its next entry; a chain of tracebacks is one."""
     found: list[str] = []
     end = 0
     for match in DEFECTS.finditer(text):
@@ -30,7 +28,7 @@ def defects(text: str) -> list[str]:
             begin = text.rfind("\n", 0, match.start()) + 1
             # All of it, and what it was the cause of: what excuses it may be far from where it begins.
             stamp = STAMP.search(text, match.end())
-            end = max(match.start() + AROUND, stamp.start() if stamp else len(text))
+            end = stamp.start() if stamp else len(text)
             if not any(excuse in text[begin:end] for excuse in EXCUSED):
                 found.append(text[begin:end].strip())
     return found

@@ -147,6 +147,8 @@ def test_what_a_planted_failure_led_to_is_excused_with_it() -> None:
     )
     after = "2026-11-24T16:27:57.2 [info     ] target_left\n"
     assert logs.defects(chain + after) == []
+    assert logs.defects(chain + after + chain.replace(frames, "") + after) == []
+    assert logs.defects(chain.replace(frames, "") + after + chain + after) == []
     assert len(logs.defects(chain + after + TRACEBACK)) == 1
 
 
