@@ -79,6 +79,15 @@ class Ends:
         self.target.forget()
         return resumed
 
+    async def move(self) -> events.Dumped:
+        """Everything after prepare, in order."""
+        await self.source.hold()
+        dumped = await self.source.dump()
+        await self.target.restore()
+        await self.resume()
+        await self.source.release()
+        return dumped
+
     async def __aexit__(self, *_: object) -> None:
         await self.target.close()
         await self.source.close()

@@ -75,11 +75,7 @@ async def test_memory_that_is_shared_is_not_copied(port: Harbour, podman: Podman
         with EchoClient() as client:
             assert await client.ask(here, "first") == 1
             async with Ends(port, podman, here, there) as ends:
-                await ends.source.hold()
-                pages[kind] = (await ends.source.dump()).pages
-                await ends.target.restore()
-                await ends.resume()
-                await ends.source.release()
+                pages[kind] = (await ends.move()).pages
             assert await client.ask(there, "second") == 2
     ballast = (64 << 20) // os.sysconf("SC_PAGE_SIZE")
     assert pages["private"] > ballast
@@ -96,17 +92,13 @@ def huge_bytes(berth: TestBerth) -> int:
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="transparent huge pages are missing"
 )
 async def test_the_copy_maps_the_heap_by_huge_pages(port: Harbour, podman: Podman) -> None:
-    """Page by page it would be thousands of faults between the resume and the first answer."""
+    """Page by page it would be hundreds of faults between the resume and the first answer."""
     here, there = await port.berth("a", ECHO), await port.berth("b")
     with EchoClient() as client:
         await client.ask(here, "first")
         assert not huge_bytes(here)
         async with Ends(port, podman, here, there) as ends:
-            await ends.source.hold()
-            await ends.source.dump()
-            await ends.target.restore()
-            await ends.resume()
-            await ends.source.release()
+            await ends.move()
         assert await client.ask(there, "second") == 2
     assert huge_bytes(there) >= HUGE_PAGE
 
@@ -117,11 +109,7 @@ async def test_the_heap_outlives_the_berth_it_was_made_in(port: Harbour, podman:
         await client.ask(here, "first")
         for epoch in (1, 2):
             async with Ends(port, podman, here, there, epoch=epoch) as ends:
-                await ends.source.hold()
-                await ends.source.dump()
-                await ends.target.restore()
-                await ends.resume()
-                await ends.source.release()
+                await ends.move()
             run_podman("rm", "-f", "-t", "0", here.container)
             assert await client.ask(there, "elsewhere") == epoch + 1
             here, there = there, await port.berth(f"c{epoch}")
@@ -159,11 +147,7 @@ async def test_threads_go_on_at_the_target(port: Harbour, podman: Podman) -> Non
     with EchoClient() as client:
         before = await written(client, here)
         async with Ends(port, podman, here, there) as ends:
-            await ends.source.hold()
-            await ends.source.dump()
-            await ends.target.restore()
-            await ends.resume()
-            await ends.source.release()
+            await ends.move()
         await port.log_line(there, "adopted moved")
         first = await written(client, there)
         assert first >= before

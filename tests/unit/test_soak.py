@@ -150,6 +150,7 @@ def test_what_a_planted_failure_led_to_is_excused_with_it() -> None:
     assert logs.defects(chain + after + chain.replace(frames, "") + after) == []
     assert logs.defects(chain.replace(frames, "") + after + chain + after) == []
     assert len(logs.defects(chain + after + TRACEBACK)) == 1
+    assert len(logs.defects(chain.replace(frames, "") + after + TRACEBACK)) == 1, "hidden by the one before it"
 
 
 def _result() -> Result:

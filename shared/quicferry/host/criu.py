@@ -48,7 +48,7 @@ class CriuSession:
         self._images_fd = images.open("images")
         try:
             self._work_fd = images.open("work")
-        except BaseException:
+        except BaseException:  # whatever it was: there is no session yet that somebody could close
             os.close(self._images_fd)
             raise
         self._output_fd = os.memfd_create("criu-output", os.MFD_CLOEXEC)
