@@ -134,6 +134,36 @@ def test_both_sides_may_delete_the_images_at_once(images: Images, monkeypatch: p
     assert os.listdir(images.root) == []
 
 
+def test_images_that_are_still_being_written_are_deleted_all_the_same(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dump that was called off puts a file into the directory that has just been emptied (seen in a soak)."""
+    real, late = os.rmdir, iter(["pages-1.img", "manifest.json"])
+
+    def rmdir(path: str, **options: int) -> None:
+        for name in late:
+            (images.path / name).touch()
+            break
+        real(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    images.remove()
+    assert next(late, None) is None
+    assert os.listdir(images.root) == []
+
+
+def test_a_directory_that_never_stays_empty_is_given_up(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.rmdir
+
+    def rmdir(path: str, **options: int) -> None:
+        (images.path / "pages-1.img").touch()
+        real(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    with pytest.raises(OSError, match="not empty"):
+        images.remove()
+
+
 def test_a_tmpfs_is_told_from_a_disk() -> None:
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     tmpfs = [point for _, point, kind, *_ in mounts if kind == "tmpfs"]

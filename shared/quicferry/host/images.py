@@ -7,6 +7,7 @@ work directory of its own, so that neither side loses them when the other remove
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -29,7 +30,8 @@ HEADROOM: Final = 1.25
 MARGIN_BYTES: Final = 16 * 1024 * 1024
 COMPLETE: Final = "complete"
 """The FIFO through which the source tells the target that the images are complete."""
-
+DELETE_ATTEMPTS: Final = 1000
+"""Each but the last needs a file that came or went meanwhile, and a dump has some dozens."""
 OURS: Final = "quicferry"
 """An empty file in every work directory: where others keep things below the same root, they lose nothing."""
 
@@ -212,10 +214,16 @@ class Leftovers:
 
 
 def _delete(folder: Path) -> None:
-    # Both agents may be at it: what is gone under our hands the other one has deleted, and the rest is still there.
-    while folder.exists():
-        with contextlib.suppress(FileNotFoundError):
+    # Both agents may be at it, and a dump that was called off may still write: what is gone under our hands the
+    # other one has deleted, and what came into an emptied directory goes the next time.
+    for attempt in range(DELETE_ATTEMPTS):
+        if not folder.exists():
+            return
+        try:
             shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == DELETE_ATTEMPTS - 1:
+                raise
 
 
 def check_root(root: Path) -> Path:
