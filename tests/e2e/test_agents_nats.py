@@ -22,7 +22,7 @@ from quicferry.host import processes
 from quicferry.protocol import events, subjects
 from quicferry.protocol.agents import Accepted, AgentRequest
 from tests.conftest import NatsServer
-from tests.e2e.berths import ECHO, PROJECT, EchoClient, Harbour, TestBerth, harbour
+from tests.e2e.berths import ECHO, PROJECT, EchoClient, Harbour, TestBerth, harbour, podman
 from tests.e2e.moves_by_hand import a_move
 
 pytestmark = pytest.mark.e2e
@@ -93,6 +93,14 @@ class Node:
                 if isinstance(event, kind):
                     return event
                 assert not isinstance(event, events.CheckpointFailed | events.RestoreFailed), event
+        raise AssertionError("the log ended")
+
+    async def failure(self, migration: str) -> events.CheckpointFailed | events.RestoreFailed:
+        """Wait until a step has failed."""
+        async with asyncio.timeout(WAIT), contextlib.aclosing(self.log.follow(migration=migration)) as entries:
+            async for _, event in entries:
+                if isinstance(event, events.CheckpointFailed | events.RestoreFailed):
+                    return event
         raise AssertionError("the log ended")
 
     async def upto(self, request: AgentRequest, last: str) -> None:
@@ -189,13 +197,35 @@ async def test_a_step_that_fails_says_why_and_a_later_attempt_may_succeed(node: 
     here, there = await node.port.berth("a", ECHO), await node.port.berth("b")
     request = a_move(there, here)  # the wrong way round
     await node.ask("checkpoint.prepare", request)
-    failed = await node.event(request.id, events.CheckpointFailed)
+    failed = await node.failure(request.id)
     assert (failed.verb, failed.attempt, failed.error.code) == ("prepare", 1, "server_gone")
     await node.ask("checkpoint.prepare", request)  # a repeat is no new attempt
     await node.ask("checkpoint.prepare", a_move(here, there, 1, attempt=2))
     async with asyncio.timeout(WAIT), contextlib.aclosing(node.log.follow(migration=request.id)) as entries:
         seen = [events.kind(event) async for event in _until(entries, events.SourceReady)]
     assert seen == ["checkpoint.failed", "checkpoint.prepared"]
+
+
+async def test_a_berth_that_podman_wrongly_takes_for_running_is_in_nobodys_way(node: Node) -> None:
+    here, there, gone = await node.port.berth("a", ECHO), await node.port.berth("b"), await node.port.berth("c")
+    conmon, state = podman("inspect", "-f", "{{.State.ConmonPid}}", gone.container), "{{.State.Status}}"
+    for pid in (int(conmon), gone.init_pid):  # as an out-of-memory killer, or a careless one, does
+        os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(WAIT):
+        while processes.runs(gone.init_pid):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)  # polls /proc: it is no child of ours
+    assert podman("inspect", "-f", state, gone.container) == "running"
+    for role in ("checkpoint", "restore"):
+        assert await node.end(role, signal.SIGTERM) == 0
+        await node.start(role)
+    assert node.said("checkpoint").count("berth_gone") == 1, node.said("checkpoint")
+
+    request = a_move(here, gone)
+    await node.ask("restore.prepare", request)
+    failed = await node.failure(request.id)
+    assert failed.error.code == "berth_gone"
+    assert failed.error.hint == f"Remove it with: podman rm -f {gone.container[:12]}"
+    await node.upto(a_move(here, there, 2), "checkpoint.release")
 
 
 async def _until(entries: AsyncIterator[Entry], last: type[events.Event]) -> AsyncIterator[events.Event]:

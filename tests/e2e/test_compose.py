@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +146,31 @@ def test_down_leaves_the_volumes_and_clean_leaves_nothing(podman_api: str, stack
         other.clean(images=False)
     assert other.name not in compose.remembered(PROJECT)
     assert inventory.named("volume", other.name, other.environment) == []
+
+
+def test_up_replaces_what_podman_wrongly_takes_for_running(podman_api: str, stack_variables: dict[str, str]) -> None:
+    other = Stack(PROJECT, name="quicferry-e2e-gone", variables={name: str(_free(name)) for name in stack_variables})
+    try:
+        before = other.up()
+        killed = [item for item in before if item.service in ("nats", "berth-a", "coordinator")]
+        for item in killed:
+            pids = run(
+                ["podman", "inspect", "--format", "{{.State.ConmonPid}} {{.State.Pid}}", item.id],
+                timeout=30,
+                doing="asking for PIDs",
+                env=other.environment,
+            )
+            for pid in pids.split():  # conmon first: nobody tells podman of the container's end
+                os.kill(int(pid), signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while {item.id for item in other.containers() if item.state == "gone"} != {item.id for item in killed}:
+            assert time.monotonic() < deadline, other.containers()
+            time.sleep(0.1)  # podman does not know of their end, so nothing tells of it
+        after = other.up()
+        assert {item.service: item.state for item in after} == dict.fromkeys(compose.SERVICES, "running")
+        assert {item.id for item in before} - {item.id for item in after} >= {item.id for item in killed}
+    finally:
+        other.clean(images=False)
 
 
 def _free(name: str) -> int:

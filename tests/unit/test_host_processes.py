@@ -112,9 +112,16 @@ def test_a_berth_whose_init_is_gone_is_told() -> None:
     assert caught.value.code == "berth_gone"
 
 
-def test_a_process_that_is_no_container_init_means_another_pid_namespace() -> None:
+@pytest.mark.parametrize(
+    ("in_host", "code", "hint"),
+    [(True, "berth_gone", "podman rm -f c0ffee"), (False, "host_pid_namespace", "pid: host")],
+)
+def test_a_process_that_is_no_container_init_is_told(
+    monkeypatch: pytest.MonkeyPatch, in_host: bool, code: str, hint: str
+) -> None:
+    monkeypatch.setattr(processes, "in_host_pid_namespace", lambda: in_host)
     for pid in (os.getpid(), 2**22 + 1):
         with pytest.raises(FerryError) as caught:
-            processes.check_host_pids(pid, "c0ffee")
-        assert caught.value.code == "host_pid_namespace"
-        assert "pid: host" in caught.value.hint
+            processes.check_init(pid, "c0ffee")
+        assert caught.value.code == code
+        assert hint in caught.value.hint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -63,8 +63,9 @@ class Stack:
     def up(self, *, timeout: float = 60.0) -> list[inventory.Container]:
         """Bring everything up and wait until it runs, ``timeout`` seconds at most; safe to repeat.
 
-        Builds the image when its inputs changed and replaces containers of an older one. Raises FerryError
-        ``machine_unfit``, ``podman_unreachable`` or ``setup_failed``.
+        Builds the image when its inputs changed and replaces containers of an older one, and those that have
+        ended without podman's knowledge. Raises FerryError ``machine_unfit``, ``podman_unreachable`` or
+        ``setup_failed``.
         """
         _need_root()
         self._need_project()
@@ -75,6 +76,7 @@ class Stack:
         self._memory.parent.mkdir(parents=True, exist_ok=True)
         self._memory.touch()
         before = self.containers()
+        self._remove_containers([container for container in before if container.state == "gone"])
         current = image.image_id()
         stale = any(container.image != current for container in before)
         try:
@@ -102,16 +104,10 @@ class Stack:
         there = self.containers()
         # NATS last: the others say goodbye over it.
         for group in (
-            [container.id for container in there if container.service != "nats"],
-            [container.id for container in there if container.service == "nats"],
+            [container for container in there if container.service != "nats"],
+            [container for container in there if container.service == "nats"],
         ):
-            if group:
-                run(
-                    ["podman", "rm", "--force", "--volumes", "--time", str(STOP_GRACE), *group],
-                    timeout=30 + STOP_GRACE * len(group),
-                    doing="removing the containers",
-                    env=self.environment,
-                )
+            self._remove_containers(group)
         self._remove("network")
         if volumes:
             self._remove("volume")
@@ -180,6 +176,16 @@ class Stack:
                     hint="podman-compose logs shows all of it; quicferry doctor looks at the machine.",
                 )
             time.sleep(0.1)  # podman's own `wait` knows no list and no time limit
+
+    def _remove_containers(self, these: Sequence[inventory.Container]) -> None:
+        """Stop and remove some of this copy's containers, with their unnamed volumes."""
+        if not these:
+            return
+        command = ["podman", "rm", "--force", "--volumes", "--time", str(STOP_GRACE), *(one.id for one in these)]
+        limit = 30 + STOP_GRACE * len(these)
+        # Podman 4.3 gives up on a container whose conmon was killed, but notes its end: the second time it's removed.
+        if not attempt(command, timeout=limit, env=self.environment).ok:
+            run([*command, "--ignore"], timeout=limit, doing="removing the containers", env=self.environment)
 
     def _remove(self, kind: str) -> None:
         """Remove this copy's networks or volumes, by label."""

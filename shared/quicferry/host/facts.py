@@ -12,14 +12,12 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from quicferry.host import image, inventory, machine, podman_service, probe
+from quicferry.host import image, inventory, machine, podman_service, probe, processes
 from quicferry.host.command import attempt
 from quicferry.protocol.errors import FerryError
 
 HELPERS = ("/usr/lib/podman", "/usr/libexec/podman", "/usr/local/lib/podman", "/usr/local/libexec/podman")
 """Where netavark and aardvark-dns live."""
-INITIAL_PID_NAMESPACE = 0xEFFFFFFC
-"""Inode of the first PID namespace (PROC_PID_INIT_INO in the kernel's proc_ns.h)."""
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +98,7 @@ def gather(project: Path | None = None, *, nats_url: str | None = None) -> Facts
         criu=criu,
         last_pid_control=Path("/proc/sys/kernel/ns_last_pid").exists(),
         pid_max=_number("/proc/sys/kernel/pid_max"),
-        host_pid_namespace=os.stat("/proc/self/ns/pid").st_ino == INITIAL_PID_NAMESPACE,
+        host_pid_namespace=processes.in_host_pid_namespace(),
         pipe_max_bytes=_number("/proc/sys/fs/pipe-max-size"),
         sys_resource=bool(capabilities >> machine.CAP_SYS_RESOURCE & 1),
         cpu_avx512="avx512" in _read("/proc/cpuinfo"),

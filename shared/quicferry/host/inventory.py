@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from quicferry.host import processes
 from quicferry.host.command import attempt, run
 from quicferry.protocol.errors import FerryError
 
@@ -29,7 +30,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     service: str
     state: str
-    """``running``, ``exited``, ``created`` and so on."""
+    """``running``, ``exited``, ``created`` and so on; ``gone`` where podman has missed the end of a running one."""
     image: str
     """The image's id."""
 
@@ -40,6 +41,7 @@ class _Listed(msgspec.Struct, rename="pascal"):
     id: str
     names: list[str]
     state: str
+    pid: int
     image_id: str = msgspec.field(name="ImageID")
     labels: dict[str, str] | None = None
 
@@ -78,11 +80,15 @@ def containers(name: str | None, env: Mapping[str, str]) -> list[Container]:
                     id=item.id,
                     name=item.names[0] if item.names else item.id[:12],
                     service=labels.get(SERVICE_LABEL, ""),
-                    state=item.state,
+                    state="gone" if item.state == "running" and _gone(item.pid) else item.state,
                     image=item.image_id,
                 )
             )
     return found
+
+
+def _gone(pid: int) -> bool:
+    return processes.in_host_pid_namespace() and not processes.runs(pid)
 
 
 def named(kind: str, project: str | None, env: Mapping[str, str]) -> list[str]:

@@ -38,7 +38,7 @@ class Podman:
             self._filters.append(f"label={LABEL_STACK}={stack}")
         self._timeout = timeout
         self._client = PodmanClient(base_url=self.url, timeout=timeout)
-        self._malformed: set[str] = set()
+        self._left_out: set[str] = set()
         self._one = asyncio.Lock()
         self._answered = False
 
@@ -68,30 +68,33 @@ class Podman:
                     )
                 )
             except FerryError as error:
-                if row["Id"] not in self._malformed:
-                    log.warning("berth_malformed", container=row["Id"][:12], error=error.message, hint=error.hint)
-                self._malformed.add(row["Id"])
+                self._leave_out(row["Id"], "berth_malformed", error)
         return sorted(found, key=lambda berth: berth.name)
 
     async def visible_berths(self) -> list[BerthFacts]:
-        """As :meth:`berths`, and each is seen to be in our PID namespace's sight.
+        """As :meth:`berths`, and each is seen to be alive and in our PID namespace's sight.
 
-        Raises FerryError ``host_pid_namespace`` if one is not, ``podman_unreachable``.
+        Those that have ended without podman's knowledge are left out with one warning each.
+        Raises FerryError ``host_pid_namespace``, ``podman_unreachable``.
         """
         found: list[BerthFacts] = []
         for berth in await self.berths():
             try:
-                processes.check_host_pids(berth.init_pid, berth.container)
-            except FerryError:
-                try:
-                    berth = await self.inspect(berth.container)
-                except FerryError as error:
-                    if error.code == "berth_gone":  # it has ended since podman listed it
-                        continue
+                if not processes.is_init(berth.init_pid):
+                    berth = await self.inspect(berth.container)  # it may have ended since podman listed it
+                    processes.check_init(berth.init_pid, berth.container)
+            except FerryError as error:
+                if error.code != "berth_gone":
                     raise
-                processes.check_host_pids(berth.init_pid, berth.container)
-            found.append(berth)
+                self._leave_out(berth.container, "berth_gone", error)
+            else:
+                found.append(berth)
         return found
+
+    def _leave_out(self, container: str, event: str, error: FerryError) -> None:
+        if container not in self._left_out:
+            log.warning(event, container=container[:12], error=error.message, hint=error.hint)
+        self._left_out.add(container)
 
     async def berth(self, name: str) -> BerthFacts:
         """Everything about the running berth ``name``.

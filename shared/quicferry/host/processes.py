@@ -11,6 +11,8 @@ from typing import Final
 
 from quicferry.protocol.errors import FerryError
 
+INITIAL_PID_NAMESPACE: Final = 0xEFFFFFFC
+"""Inode of the first PID namespace (PROC_PID_INIT_INO in the kernel's proc_ns.h)."""
 NICE: Final = -10
 """See setpriority(2)."""
 SERVER_PID: Final = 5000
@@ -71,7 +73,7 @@ class Process:
     @property
     def alive(self) -> bool:
         """Whether it is there and no zombie."""
-        return self.signal(0) and _state(self.pid) not in ("Z", "X", "")
+        return self.signal(0) and runs(self.pid)
 
     async def exited(self, timeout: float) -> bool:
         """Wait until the process has exited, ``timeout`` seconds at most; whether it has."""
@@ -109,7 +111,7 @@ def occupant(init_pid: int) -> Process | None:
 
     Raises FerryError ``berth_gone`` if the berth's init has exited.
     """
-    if not exists(init_pid):
+    if not runs(init_pid):
         raise FerryError(
             "berth_gone", f"The berth's init (PID {init_pid}) has exited.", hint="Start the berth again."
         )
@@ -144,9 +146,9 @@ def berth_pid_taken(init_pid: int, number: int) -> bool:
     return False
 
 
-def exists(pid: int) -> bool:
-    """Whether there is such a process, a zombie too."""
-    return os.path.exists(f"/proc/{pid}")
+def runs(pid: int) -> bool:
+    """Whether there is such a process, and it is no zombie."""
+    return _state(pid) not in ("Z", "X", "")
 
 
 def guests(init_pid: int, command: str) -> list[Process]:
@@ -162,21 +164,39 @@ def guests(init_pid: int, command: str) -> list[Process]:
     return found
 
 
-def check_host_pids(init_pid: int, container: str) -> None:
+def is_init(pid: int) -> bool:
+    """Whether ``pid`` is PID 1 of a PID namespace below ours."""
+    try:
+        pids = _namespace_pids(f"/proc/{pid}/status")
+    except ProcessLookupError:
+        return False
+    return len(pids) >= 2 and pids[0] == pid and pids[-1] == 1 and runs(pid)
+
+
+def check_init(init_pid: int, container: str) -> None:
     """Check that ``init_pid``, as podman gives it, is PID 1 of ``container`` here too.
 
-    Raises FerryError ``host_pid_namespace`` if this process lives in a PID namespace of its own.
+    Raises FerryError ``host_pid_namespace`` if this process lives in a PID namespace of its own, ``berth_gone``
+    if it does not: then podman has missed the container's end, as it does when conmon was killed with it.
     """
-    try:
-        pids = _namespace_pids(f"/proc/{init_pid}/status")
-    except ProcessLookupError:
-        pids = []
-    if len(pids) < 2 or pids[0] != init_pid or pids[-1] != 1:
+    if is_init(init_pid):
+        return
+    if in_host_pid_namespace():
         raise FerryError(
-            "host_pid_namespace",
-            f"PID {init_pid}, podman's PID for container {container[:12]}, is not that container here.",
-            hint="Run the agent with the host's PID namespace: pid: host in compose, --pid=host with podman.",
+            "berth_gone",
+            f"Podman takes container {container[:12]} for running, but its PID {init_pid} is gone.",
+            hint=f"Remove it with: podman rm -f {container[:12]}",
         )
+    raise FerryError(
+        "host_pid_namespace",
+        f"PID {init_pid}, podman's PID for container {container[:12]}, is not that container here.",
+        hint="Run the agent with the host's PID namespace: pid: host in compose, --pid=host with podman.",
+    )
+
+
+def in_host_pid_namespace() -> bool:
+    """Whether this process sees every process of the machine by its PID there (pid_namespaces(7))."""
+    return os.stat("/proc/self/ns/pid").st_ino == INITIAL_PID_NAMESPACE
 
 
 def children(pid: int) -> list[int]:

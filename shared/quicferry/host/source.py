@@ -260,7 +260,7 @@ class Source:
 
     async def _find(self) -> tuple[BerthFacts, Process | None]:
         berth = await self._podman.berth(self._request.source.berth)
-        processes.check_host_pids(berth.init_pid, berth.container)
+        processes.check_init(berth.init_pid, berth.container)
         self._berth = berth
         return berth, processes.occupant(berth.init_pid)
 

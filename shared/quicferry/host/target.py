@@ -288,7 +288,7 @@ class Target:
 
     async def _find(self) -> tuple[BerthFacts, Process | None]:
         berth = await self._podman.berth(self._request.target.berth)
-        processes.check_host_pids(berth.init_pid, berth.container)
+        processes.check_init(berth.init_pid, berth.container)
         self._berth = berth
         return berth, processes.occupant(berth.init_pid)
 
