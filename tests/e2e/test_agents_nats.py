@@ -218,7 +218,9 @@ async def test_a_berth_that_podman_wrongly_takes_for_running_is_in_nobodys_way(n
     for role in ("checkpoint", "restore"):
         assert await node.end(role, signal.SIGTERM) == 0
         await node.start(role)
-    assert node.said("checkpoint").count("berth_gone") == 1, node.said("checkpoint")
+    warned = [line for line in node.said("checkpoint").splitlines() if f"container={gone.container[:12]}" in line]
+    assert len(warned) == 1, node.said("checkpoint")
+    assert "berth_gone" in warned[0]
 
     request = a_move(here, gone)
     await node.ask("restore.prepare", request)
