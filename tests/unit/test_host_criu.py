@@ -157,22 +157,45 @@ async def test_pre_dump_needs_a_kernel_that_tracks_memory(session: CriuSession, 
     assert (last.opts.parent_img, last.opts.track_mem) == ("2", True)
 
 
-async def test_a_restore_passes_the_streams_and_stops_before_it_runs(session: CriuSession, criu: Criu) -> None:
-    criu.withhold("post-restore")
-    # Nothing was restored here, so the count is wrong; the request has been made by then.
-    with pytest.raises(FerryError, match="0 process trees"):
-        await session.restore({"pipe:[7]": 9}, timeout=5)
+async def test_a_restore_is_asked_for_ahead_and_stops_before_it_runs(tmp_path: Path) -> None:
+    images = Images(tmp_path, "m1", "target")
+    images.create()
+    session = CriuSession(images, restores=True)
+    session.version = (4, 2, 1)
+    criu = Criu(session._theirs)
+    await session.begin_restore({"pipe:[7]": 9})
     request = await criu.hear()
     assert request.type == rpc.RESTORE
     assert [(one.key, one.fd) for one in request.opts.inherit_fd] == [("pipe:[7]", 9)]
+    inventory = os.open(images.path / "view" / "inventory.img", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(BlockingIOError):
+        os.read(inventory, 100)
+    criu.withhold("post-restore")
+    # Nothing was restored here, so the count is wrong.
+    with pytest.raises(FerryError, match="0 process trees"):
+        await session.restore(b"what was dumped", timeout=5)
+    assert [os.read(inventory, 100), os.read(inventory, 100)] == [b"what was dumped", b""]
+    os.close(inventory)
     assert session.withheld == "post-restore"
+    await session.close()
 
 
-async def test_closing_twice_is_fine_and_leaves_no_descriptor(tmp_path: Path) -> None:
+async def test_a_restore_that_is_not_wanted_any_more_reads_the_end_of_file(tmp_path: Path) -> None:
+    images = Images(tmp_path, "m1", "target")
+    images.create()
+    session = CriuSession(images, restores=True)
+    inventory = os.open(images.path / "view" / "inventory.img", os.O_RDONLY | os.O_NONBLOCK)
+    await session.close()
+    assert os.read(inventory, 100) == b""
+    os.close(inventory)
+
+
+@pytest.mark.parametrize("restores", [True, False])
+async def test_closing_twice_is_fine_and_leaves_no_descriptor(tmp_path: Path, restores: bool) -> None:
     images = Images(tmp_path, "m2", "target")
     images.create()
     before = os.listdir("/proc/self/fd")
-    made = CriuSession(images)
+    made = CriuSession(images, restores=restores)
     await made.close()
     await made.close()
     assert len(os.listdir("/proc/self/fd")) == len(before)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quicferry.host import images as module
-from quicferry.host.images import OURS, Images, Leftovers, Manifest, on_tmpfs
+from quicferry.host.images import COMPLETE, DESCRIBED, OURS, Images, Leftovers, Manifest, on_tmpfs
 from quicferry.protocol import wire
 from quicferry.protocol.errors import FerryError
 
@@ -48,7 +48,13 @@ def test_images_that_the_other_side_has_deleted_are_told_as_such(images: Images)
     """Called off while this side still prepares."""
     images.create()
     images.remove()
-    for use in (lambda: images.open("images"), lambda: images.open("work"), images.listen_for_complete):
+    for use in (
+        lambda: images.open("images"),
+        lambda: images.open("work"),
+        images.listen,
+        lambda: images.open_view(7),
+        lambda: images.fill_view(same_boot=True),
+    ):
         with pytest.raises(FerryError) as caught:
             use()
         assert caught.value.code == "too_late"
@@ -71,12 +77,54 @@ def test_the_manifest_reaches_the_other_side(images: Images) -> None:
     assert other.manifest() == Manifest(pipes={"1": "pipe:[7]"}, boot_id=module.boot_id())
 
 
-def test_only_the_time_namespace_is_dropped(images: Images) -> None:
-    for name in ("timens-0.img", "core-5000.img"):
-        (images.path / name).touch()
-    images.drop_time_namespace()
-    images.drop_time_namespace()
-    assert os.listdir(images.path) == ["core-5000.img"]
+@pytest.mark.parametrize("same_boot", [True, False])
+def test_the_view_has_the_images_once_they_are_there_and_the_inventory_from_a_pipe(
+    images: Images, same_boot: bool
+) -> None:
+    read, write = os.pipe()
+    view = images.open_view(read)
+    assert os.listdir(view) == ["inventory.img"]
+    os.close(images.listen())
+    images.write_manifest(Manifest())
+    for name in ("timens-0.img", "core-5000.img", "inventory.img", "1/pages-1.img"):
+        (images.path / name).parent.mkdir(exist_ok=True)
+        (images.path / name).write_text(name)
+    (images.path / "parent").symlink_to("1")
+    os.write(write, images.fill_view(same_boot=same_boot))
+    os.close(write)
+
+    def seen(name: str) -> str:
+        with open(name, opener=lambda path, flags: os.open(path, flags, dir_fd=view)) as file:
+            return file.read()
+
+    names = {"core-5000.img", "inventory.img", "parent", "1"} | (set() if same_boot else {"timens-0.img"})
+    assert set(os.listdir(view)) == names
+    assert [seen("core-5000.img"), seen("inventory.img")] == ["core-5000.img", "inventory.img"]
+    assert seen("parent/pages-1.img") == "1/pages-1.img"
+    os.close(view)
+    os.close(read)
+    images.remove()
+    assert not images.path.exists()
+
+
+def test_a_view_is_made_anew_and_lacks_what_the_dump_lacks(images: Images) -> None:
+    (images.path / "core-5000.img").touch()
+    for _ in range(2):  # the second restore of a target whose first one died
+        view = images.open_view(9)
+        assert images.fill_view(same_boot=True) == b""  # CRIU says then that there is no inventory
+        assert set(os.listdir(view)) == {"inventory.img", "core-5000.img"}
+        os.close(view)
+
+
+def test_the_target_hears_what_the_source_says(images: Images) -> None:
+    images.tell(DESCRIBED)  # nobody listens yet
+    fifo = images.listen()
+    for word in (DESCRIBED, COMPLETE):
+        images.tell(word)
+        assert os.read(fifo, 16) == word
+    with pytest.raises(BlockingIOError):  # no end of file in between
+        os.read(fifo, 16)
+    os.close(fifo)
 
 
 def test_each_side_removes_the_images_and_its_own_work_only(images: Images) -> None:
@@ -176,7 +224,7 @@ def test_a_tmpfs_is_told_from_a_disk() -> None:
 def test_an_image_that_vanishes_while_sizes_are_taken_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The target deletes the time namespace's image as soon as the dump is complete."""
+    """As when the migration is called off."""
     images = Images(tmp_path, "m1", "source")
     images.create()
     (images.path / "timens-0.img").write_bytes(b"12")

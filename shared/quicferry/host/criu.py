@@ -43,13 +43,17 @@ class CriuSession:
     the end of CRIU's log, or ``phase_timeout``. After an error only :meth:`close` is left.
     """
 
-    def __init__(self, images: Images, external: Sequence[str] = ()) -> None:
+    def __init__(self, images: Images, external: Sequence[str] = (), *, restores: bool = False) -> None:
         self._external = external
-        self._images_fd = images.open("images")
+        self._work_fd = images.open("work")
+        self._inventory_read = self._inventory = -1
+        """The pipe from which CRIU reads the inventory of what it shall restore."""
         try:
-            self._work_fd = images.open("work")
+            if restores:
+                self._inventory_read, self._inventory = os.pipe2(os.O_CLOEXEC)
+            self._images_fd = images.open_view(self._inventory_read) if restores else images.open("images")
         except BaseException:  # whatever it was: there is no session yet that somebody could close
-            os.close(self._images_fd)
+            _close(self._work_fd, self._inventory_read, self._inventory)
             raise
         self._output_fd = os.memfd_create("criu-output", os.MFD_CLOEXEC)
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -72,15 +76,17 @@ class CriuSession:
         cgroup_of: BerthFacts | None = None,
         streams: Sequence[int] = (),
         external: Sequence[str] = (),
+        restores: bool = False,
         timeout: float = START_TIMEOUT,
     ) -> CriuSession:
         """Start CRIU in the namespaces of ``init_pid`` and warm it up: its probes of the kernel are cached.
 
         ``cgroup_of``: join that berth's cgroup, for what CRIU restores is born in its own. ``streams``:
         descriptors it inherits; :meth:`stream` gives the number each has. ``external``: its names of what a dump
-        leaves out and a restore must be given. Raises FerryError ``criu_missing``.
+        leaves out and a restore must be given. ``restores``: it is for a restore, not for dumps. Raises FerryError
+        ``criu_missing``.
         """
-        session = cls(images, external)
+        session = cls(images, external, restores=restores)
         try:
             async with asyncio.timeout(timeout):
                 await session._start(init_pid, cgroup_of, streams)
@@ -147,18 +153,28 @@ class CriuSession:
         """Freeze and dump, up to ``post-dump``: the images are complete, the tasks stay frozen."""
         await self._until("post-dump", self._acknowledgement(True), timeout)
 
-    async def restore(self, inherited: Mapping[str, int], *, timeout: float) -> Process:
-        """Rebuild the process from the images, up to ``post-restore``: it is whole and has not run.
+    async def begin_restore(self, inherited: Mapping[str, int]) -> None:
+        """Ask for the restore before there are images: CRIU gets ready and waits for the inventory.
 
         ``inherited``: what CRIU shall connect instead of an outside object of that key, by descriptor of
-        ``streams``. Returns the restored root process; the caller closes it.
+        ``streams``.
         """
         self._what = "restore"
         request = self._request(rpc.RESTORE, "restore.log")
         request.opts.notify_scripts = True
         for key, fd in inherited.items():
             request.opts.inherit_fd.add(key=key, fd=fd)
-        await self._until("post-restore", request, timeout)
+        await self._send(request)
+
+    async def restore(self, inventory: bytes, *, timeout: float) -> Process:
+        """The images are there: rebuild the process, up to ``post-restore``, where it is whole and has not run.
+
+        Returns the restored root process; the caller closes it.
+        """
+        with contextlib.suppress(BrokenPipeError):  # CRIU is gone: told below, with its own words
+            os.write(self._inventory, inventory)
+        self._close_inventory()
+        await self._until("post-restore", None, timeout)
         restored = self.restored()
         if len(restored) != 1:
             for process in restored:
@@ -200,6 +216,7 @@ class CriuSession:
 
     async def close(self) -> None:
         """End CRIU and release everything. An unfinished dump thaws its tasks. Safe to repeat."""
+        self._close_inventory()  # one that waits for it reads the end of file and gives up
         self._socket.close()
         self._theirs.close()
         if self._launcher is not None:
@@ -217,9 +234,7 @@ class CriuSession:
         if self._criu is not None:
             self._criu.close()
             self._criu = None
-        for fd in (self._images_fd, self._work_fd, self._output_fd, *self._streams):
-            if fd >= 0:
-                os.close(fd)
+        _close(self._images_fd, self._work_fd, self._output_fd, *self._streams)
         self._images_fd = self._work_fd = self._output_fd = -1
         self._streams = []
 
@@ -231,18 +246,21 @@ class CriuSession:
         command = ["nsenter", "-t", str(init_pid), "-m", "-u", "-i", "-n", "-p", "--"]
         command += ["criu", "--file-validation", "filesize", "-W", f"/proc/self/fd/{self._work_fd}"]
         command += ["swrk", str(number)]
+        passed = [number, self._images_fd, self._work_fd, self._inventory_read, *self._streams]
         try:
             self._launcher = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=self._output_fd,
                 stderr=self._output_fd,
-                pass_fds=(number, self._images_fd, self._work_fd, *self._streams),
+                pass_fds=[fd for fd in passed if fd >= 0],
                 env={"PATH": PATH},
             )
         except FileNotFoundError:
             raise FerryError("machine_unfit", "nsenter is missing.", hint="Install util-linux.") from None
         self._theirs.close()
+        _close(self._inventory_read)
+        self._inventory_read = -1
         answer = await self._ask(rpc.criu_req(type=rpc.VERSION, keep_open=True))
         self.version = (answer.version.major_number, answer.version.minor_number, answer.version.sublevel)
         if self.version < LEAST_VERSION:
@@ -281,12 +299,13 @@ class CriuSession:
     def _acknowledgement(self, ok: bool) -> rpc.criu_req:
         return rpc.criu_req(type=rpc.NOTIFY, notify_success=ok)
 
-    async def _until(self, script: str, message: rpc.criu_req, timeout: float) -> None:
-        """Send, then acknowledge every notification before ``script``, or see the request's end if empty."""
+    async def _until(self, script: str, message: rpc.criu_req | None, timeout: float) -> None:
+        """Send ``message``, if it is not sent yet; acknowledge every notification before ``script``, or see the
+        request's end if empty."""
         try:
             async with asyncio.timeout(timeout):
                 self._withheld = ""
-                answer = await self._ask(message)
+                answer = await (self._ask(message) if message is not None else self._receive())
                 while answer.type == rpc.NOTIFY:
                     if answer.notify.script == script:
                         self._withheld = script
@@ -300,11 +319,17 @@ class CriuSession:
             raise criu_errors.failure(self._what, self._log_lines(), answer.cr_errmsg)
 
     async def _ask(self, message: rpc.criu_req) -> rpc.criu_resp:
-        loop = asyncio.get_running_loop()
+        await self._send(message)
+        return await self._receive()
+
+    async def _send(self, message: rpc.criu_req) -> None:
+        with contextlib.suppress(ConnectionError):  # CRIU is gone: _receive tells, with its own words
+            await asyncio.get_running_loop().sock_sendall(self._socket, message.SerializeToString())
+
+    async def _receive(self) -> rpc.criu_resp:
         data = b""
-        with contextlib.suppress(ConnectionError):  # CRIU is gone: told below, with its own words
-            await loop.sock_sendall(self._socket, message.SerializeToString())
-            data = await loop.sock_recv(self._socket, MAX_PACKET)
+        with contextlib.suppress(ConnectionError):
+            data = await asyncio.get_running_loop().sock_recv(self._socket, MAX_PACKET)
         answer = rpc.criu_resp()
         if data:
             try:
@@ -320,6 +345,10 @@ class CriuSession:
             hint="The berth's image must have criu on its PATH, and the agent must be privileged.",
         )
 
+    def _close_inventory(self) -> None:
+        _close(self._inventory_read, self._inventory)
+        self._inventory_read = self._inventory = -1
+
     def _log_lines(self) -> list[str]:
         name = {"dump": "dump.log", "restore": "restore.log", "pre-dump": ""}.get(self._what, "")
         return (criu_errors.tail(self._work_fd, name) if name else []) or self._output()
@@ -330,6 +359,12 @@ class CriuSession:
     def _output(self) -> list[str]:
         raw = os.pread(self._output_fd, criu_errors.TAIL_BYTES, 0)
         return criu_errors.important(raw.decode(errors="replace").splitlines())
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
 
 
 async def outlive(init_pid: int) -> None:

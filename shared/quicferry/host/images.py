@@ -28,8 +28,17 @@ DEFAULT_ROOT: Final = Path("/var/lib/quicferry/images")
 HEADROOM: Final = 1.25
 """Images are a little larger than the resident memory: page maps, descriptors, mappings."""
 MARGIN_BYTES: Final = 16 * 1024 * 1024
-COMPLETE: Final = "complete"
-"""The FIFO through which the source tells the target that the images are complete."""
+PROGRESS: Final = "progress"
+"""The FIFO through which the source tells the target how far it is."""
+DESCRIBED: Final = b"d"
+"""Said there: the manifest is written."""
+COMPLETE: Final = b"c"
+"""Said there: so are the images."""
+MANIFEST: Final = "manifest.json"
+VIEW: Final = "view"
+INVENTORY: Final = "inventory.img"
+MAX_INVENTORY_BYTES: Final = 4096
+"""Some 90 are usual; a pipe takes so many at once (pipe(7))."""
 DELETE_ATTEMPTS: Final = 1000
 """Each but the last needs a file that came or went meanwhile, and a dump has some dozens."""
 OURS: Final = "quicferry"
@@ -99,28 +108,64 @@ class Images:
     def _deleted(self) -> FerryError:
         return FerryError("too_late", f"The images of {self.migration} were deleted meanwhile: it was called off.")
 
-    def listen_for_complete(self) -> int:
-        """For the target: a descriptor that becomes readable once :meth:`tell_complete` was called.
+    def listen(self) -> int:
+        """For the target: a descriptor that has what the source says with :meth:`tell`.
 
-        A FIFO (fifo(7)): the word is there in tens of microseconds, and waits if nobody reads yet.
-        Raises as :meth:`open`.
+        A FIFO (fifo(7)): the word is there in tens of microseconds, and waits if nobody reads yet. Opened for
+        both, as there would be an end of file after each word otherwise. Raises as :meth:`open`.
         """
-        fifo = self.path / COMPLETE
+        fifo = self.path / PROGRESS
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkfifo(fifo, 0o600)
-            return os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+            return os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             raise self._deleted() from None
 
-    def tell_complete(self) -> None:
-        """For the source: the images are complete. Says it to nobody if no target listens."""
+    def tell(self, word: bytes) -> None:
+        """For the source: DESCRIBED, then COMPLETE. Says it to nobody if no target listens."""
         with contextlib.suppress(OSError):
-            fifo = os.open(self.path / COMPLETE, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fifo = os.open(self.path / PROGRESS, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
-                os.write(fifo, b"1")
+                os.write(fifo, word)
             finally:
                 os.close(fifo)
+
+    def open_view(self, inventory: int) -> int:
+        """For a restore that begins before the dump has ended: a directory in which CRIU finds nothing yet but
+        its inventory, and that is a pipe, CRIU's descriptor ``inventory``. CRIU reads the inventory first of all.
+
+        :meth:`fill_view` does the rest. Raises as :meth:`open`.
+        """
+        view = self.path / VIEW
+        try:
+            _delete(view)
+            view.mkdir(mode=0o700)
+            (view / INVENTORY).symlink_to(f"/proc/self/fd/{inventory}")
+            return os.open(view, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise self._deleted() from None
+
+    def fill_view(self, *, same_boot: bool) -> bytes:
+        """Let the images be found in the view; returns the inventory, empty if the dump has left none.
+
+        On the boot that they were dumped on, the time namespace's image stays out, so that the restored clock is
+        the berth's own: CRIU would restore into a new time namespace whose CLOCK_MONOTONIC hides the pause, and
+        take about 14 ms for it. On another boot, the monotonic clock would jump. Raises as :meth:`open`.
+        """
+        view = self.path / VIEW
+        try:
+            for name in os.listdir(self.path):
+                if name in (VIEW, PROGRESS, MANIFEST, INVENTORY) or (same_boot and name.startswith("timens-")):
+                    continue
+                (view / name).symlink_to(f"../{name}")
+        except FileNotFoundError:
+            raise self._deleted() from None
+        try:
+            with (self.path / INVENTORY).open("rb") as file:
+                return file.read(MAX_INVENTORY_BYTES)
+        except FileNotFoundError:
+            return b""
 
     def size_bytes(self) -> int:
         """What the images take."""
@@ -138,7 +183,7 @@ class Images:
     def write_manifest(self, manifest: Manifest) -> None:
         """Raises FerryError ``machine_unfit`` if there is no room for it."""
         try:
-            (self.path / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+            (self.path / MANIFEST).write_bytes(msgspec.json.encode(manifest))
         except OSError as error:
             raise FerryError(
                 "machine_unfit",
@@ -160,17 +205,8 @@ class Images:
 
     def _read_manifest(self) -> bytes:
         # One byte more than is allowed is enough to see that it is too large.
-        with (self.path / "manifest.json").open("rb") as file:
+        with (self.path / MANIFEST).open("rb") as file:
             return file.read(wire.MAX_MESSAGE_BYTES + 1)
-
-    def drop_time_namespace(self) -> None:
-        """Delete the time namespace's image, so that the restored clock is the berth's own.
-
-        CRIU would restore into a new time namespace whose CLOCK_MONOTONIC hides the pause, and take about
-        14 ms for it. Right on one boot only: on another, the monotonic clock would jump.
-        """
-        for file in self.path.glob("timens-*.img"):
-            file.unlink(missing_ok=True)
 
     def mark(self, name: str) -> None:
         """Leave a note to ourselves that survives the agent: a restore was begun."""

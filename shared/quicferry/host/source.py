@@ -16,7 +16,7 @@ from quicferry.host import criu_stats, processes
 from quicferry.host.berths import BerthFacts
 from quicferry.host.criu import CriuSession, outlive
 from quicferry.host.heap import Heap
-from quicferry.host.images import Images, Manifest, boot_id
+from quicferry.host.images import COMPLETE, DESCRIBED, Images, Manifest, boot_id
 from quicferry.host.parking import Dock, bind_parked
 from quicferry.host.podman import Podman
 from quicferry.host.processes import Process
@@ -117,6 +117,7 @@ class Source:
         self._pipes = processes.outer_pipes(server.pid)
         heap = self._heap.key if self._heap is not None else ""
         self._images.write_manifest(Manifest(pipes=self._pipes, boot_id=boot_id(), heap=heap))
+        self._images.tell(DESCRIBED)
         await faults.at("source.dump_asked")
         start = time.monotonic()
         self._told = True
@@ -243,7 +244,7 @@ class Source:
         await criu.dump(timeout=self._phase)
         await faults.at("source.frozen")
         self._dumped_at = time.monotonic()
-        self._images.tell_complete()
+        self._images.tell(COMPLETE)
 
     @property
     def _phase(self) -> float:

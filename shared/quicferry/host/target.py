@@ -17,7 +17,7 @@ from quicferry.host import criu_stats, processes, thread_ids
 from quicferry.host.berths import BerthFacts
 from quicferry.host.criu import CriuSession, outlive
 from quicferry.host.heap import Heap
-from quicferry.host.images import Images, boot_id
+from quicferry.host.images import COMPLETE, DESCRIBED, Images, Manifest, boot_id
 from quicferry.host.parking import Dock, bind_parked, readable
 from quicferry.host.podman import Podman
 from quicferry.host.processes import Process
@@ -56,8 +56,11 @@ class Target:
         self._source: Process | None = None
         """The server at the source, as far as this side has to know it."""
         self._heap: Heap | None = None
-        self._complete = -1
-        """Readable once the images are complete."""
+        self._manifest: Manifest | None = None
+        """From when CRIU was asked for the restore on."""
+        self._progress = -1
+        self._heard = b""
+        """What the source has said there."""
         self._log = log.bind(id=request.id, berth=request.target.berth)
 
     async def prepare(self) -> events.TargetReady:
@@ -77,8 +80,8 @@ class Target:
                 hint="Nothing but a server may run there; restart the berth.",
             )
         self._images.create()
-        if self._complete < 0:
-            self._complete = self._images.listen_for_complete()
+        if self._progress < 0:
+            self._progress = self._images.listen()
         await self._dock_in(berth)
         await faults.at("target.bound")
         await self._find_source()
@@ -87,7 +90,10 @@ class Target:
         outputs = [os.open(f"/proc/{berth.init_pid}/fd/{number}", os.O_WRONLY | os.O_CLOEXEC) for number in OUTPUTS]
         streams = [*outputs, self._heap.fd] if self._heap is not None else outputs
         try:
-            self._criu = await CriuSession.start(berth.init_pid, self._images, cgroup_of=berth, streams=streams)
+            self._criu = await CriuSession.start(
+                berth.init_pid, self._images, cgroup_of=berth, streams=streams, restores=True
+            )
+            self._manifest = None
         finally:
             for fd in outputs:
                 os.close(fd)
@@ -97,15 +103,18 @@ class Target:
     async def images_complete(self) -> None:
         """Until the source's dump is done: asked for ahead, the restore begins without a word from anybody else.
 
-        Raises FerryError ``phase_timeout``.
+        CRIU is asked for it as soon as the source has said what it is going to dump, and is ready by then.
+        Raises FerryError ``phase_timeout``, and as :meth:`restore` does.
         """
         options = self._request.options
         limit = (options.ack_timeout_ms + options.quiesce_timeout_ms) / 1e3 + 2 * self._phase
-        if self._complete < 0:
+        if self._progress < 0:
             return
         try:
             async with asyncio.timeout(limit):
-                await readable(self._complete)
+                await self._hear(DESCRIBED)
+                await self._begin()
+                await self._hear(COMPLETE)
         except TimeoutError:
             raise FerryError("phase_timeout", f"No images came within {limit:g} s.") from None
 
@@ -114,16 +123,27 @@ class Target:
 
         Raises FerryError ``criu_failed``, ``phase_timeout``, ``heap_gone``.
         """
+        start = time.monotonic()
+        criu, dock, manifest = await self._begin()
+        await faults.at("target.restoring")
+        inventory = self._images.fill_view(same_boot=manifest.boot_id == boot_id())
+        self._server = await criu.restore(inventory, timeout=self._phase)
+        done = time.monotonic()
+        await faults.at("target.restored")
+        dock.expect(self._server.pid)
+        return events.Restored(id=self._request.id, at_ms=now_ms(), took_ms=ms(done - start))
+
+    async def _begin(self) -> tuple[CriuSession, Dock, Manifest]:
+        """Ask CRIU for the restore, unless that is done."""
         if self._criu is None or self._dock is None:
             raise FerryError(
                 "internal",
                 "This step came before prepare, or the agent was restarted since.",
                 hint="The migration rolls back; ask for it again.",
             )
-        start = time.monotonic()
+        if self._manifest is not None:
+            return self._criu, self._dock, self._manifest
         manifest = self._images.manifest()
-        if manifest.boot_id == boot_id():
-            self._images.drop_time_namespace()
         inherited = {
             link: self._criu.stream(OUTPUTS.index(int(number)))
             for number, link in manifest.pipes.items()
@@ -138,12 +158,14 @@ class Target:
                 )
             inherited[manifest.heap] = self._criu.stream(len(OUTPUTS))
         self._images.mark(RESTORE_BEGUN)
-        await faults.at("target.restoring")
-        self._server = await self._criu.restore(inherited, timeout=self._phase)
-        done = time.monotonic()
-        await faults.at("target.restored")
-        self._dock.expect(self._server.pid)
-        return events.Restored(id=self._request.id, at_ms=now_ms(), took_ms=ms(done - start))
+        await self._criu.begin_restore(inherited)
+        self._manifest = manifest
+        return self._criu, self._dock, manifest
+
+    async def _hear(self, word: bytes) -> None:
+        while word not in self._heard:
+            await readable(self._progress)
+            self._heard += os.read(self._progress, 16)
 
     async def stand_by(self) -> None:
         """Take the restored process through CRIU's last stage, up to the point before it runs.
@@ -278,9 +300,9 @@ class Target:
         if self._heap is not None:
             self._heap.close()
             self._heap = None
-        if self._complete >= 0:
-            os.close(self._complete)
-            self._complete = -1
+        if self._progress >= 0:
+            os.close(self._progress)
+            self._progress = -1
 
     @property
     def _phase(self) -> float:
