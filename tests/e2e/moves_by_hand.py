@@ -36,6 +36,8 @@ async def main():
     await target.prepare()
     await source.hold()
     await source.dump()
+    if upto == "asked":
+        await target.images_complete()
     if upto == "restored":
         await target.restore()
         await target.stand_by()
