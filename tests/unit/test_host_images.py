@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,24 @@ def test_the_view_has_the_images_once_they_are_there_and_the_inventory_from_a_pi
     os.close(read)
     images.remove()
     assert not images.path.exists()
+
+
+@pytest.mark.parametrize("use", ["write_manifest", "open_view", "fill_view"])
+def test_a_full_image_directory_is_told(images: Images, monkeypatch: pytest.MonkeyPatch, use: str) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (images.path / "core-5000.img").touch()
+    monkeypatch.setattr(Path, "symlink_to", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    uses: dict[str, Callable[[], object]] = {
+        "write_manifest": lambda: images.write_manifest(Manifest()),
+        "open_view": lambda: images.open_view(9),
+        "fill_view": lambda: images.fill_view(same_boot=True),
+    }
+    with pytest.raises(FerryError, match="No space left") as caught:
+        uses[use]()
+    assert caught.value.code == "machine_unfit"
 
 
 def test_a_view_is_made_anew_and_lacks_what_the_dump_lacks(images: Images) -> None:

@@ -108,6 +108,15 @@ class Images:
     def _deleted(self) -> FerryError:
         return FerryError("too_late", f"The images of {self.migration} were deleted meanwhile: it was called off.")
 
+    def _unwritable(self, error: OSError) -> FerryError:
+        if isinstance(error, FileNotFoundError):
+            return self._deleted()
+        return FerryError(
+            "machine_unfit",
+            f"Images can't be written at {self.root}: {error.strerror}.",
+            hint="Give that tmpfs more room (its size= option).",
+        )
+
     def listen(self) -> int:
         """For the target: a descriptor that has what the source says with :meth:`tell`.
 
@@ -135,7 +144,7 @@ class Images:
         """For a restore that begins before the dump has ended: a directory in which CRIU finds nothing yet but
         its inventory, and that is a pipe, CRIU's descriptor ``inventory``. CRIU reads the inventory first of all.
 
-        :meth:`fill_view` does the rest. Raises as :meth:`open`.
+        :meth:`fill_view` does the rest. Raises as :meth:`write_manifest`.
         """
         view = self.path / VIEW
         try:
@@ -143,15 +152,15 @@ class Images:
             view.mkdir(mode=0o700)
             (view / INVENTORY).symlink_to(f"/proc/self/fd/{inventory}")
             return os.open(view, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            raise self._deleted() from None
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def fill_view(self, *, same_boot: bool) -> bytes:
         """Let the images be found in the view; returns the inventory, empty if the dump has left none.
 
         On the boot that they were dumped on, the time namespace's image stays out, so that the restored clock is
         the berth's own: CRIU would restore into a new time namespace whose CLOCK_MONOTONIC hides the pause, and
-        take about 14 ms for it. On another boot, the monotonic clock would jump. Raises as :meth:`open`.
+        take about 14 ms for it. On another boot, the monotonic clock would jump. Raises as :meth:`write_manifest`.
         """
         view = self.path / VIEW
         try:
@@ -159,8 +168,8 @@ class Images:
                 if name in (VIEW, PROGRESS, MANIFEST, INVENTORY) or (same_boot and name.startswith("timens-")):
                     continue
                 (view / name).symlink_to(f"../{name}")
-        except FileNotFoundError:
-            raise self._deleted() from None
+        except OSError as error:
+            raise self._unwritable(error) from None
         try:
             with (self.path / INVENTORY).open("rb") as file:
                 return file.read(MAX_INVENTORY_BYTES)
@@ -181,15 +190,11 @@ class Images:
         return sum(file.stat().st_size for file in self.path.glob("pages-*.img")) // page
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Raises FerryError ``machine_unfit`` if there is no room for it."""
+        """Raises FerryError ``machine_unfit`` if there is no room for it, and as :meth:`open`."""
         try:
             (self.path / MANIFEST).write_bytes(msgspec.json.encode(manifest))
         except OSError as error:
-            raise FerryError(
-                "machine_unfit",
-                f"Images can't be written at {self.root}: {error.strerror}.",
-                hint="Give that tmpfs more room (its size= option).",
-            ) from None
+            raise self._unwritable(error) from None
 
     def manifest(self) -> Manifest:
         """Raises FerryError ``internal`` if the dump left none."""

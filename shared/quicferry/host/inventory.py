@@ -41,9 +41,9 @@ class _Listed(msgspec.Struct, rename="pascal"):
     id: str
     names: list[str]
     state: str
-    pid: int
     image_id: str = msgspec.field(name="ImageID")
     labels: dict[str, str] | None = None
+    pid: int = 0
 
 
 class _Named(msgspec.Struct):
@@ -88,7 +88,7 @@ def containers(name: str | None, env: Mapping[str, str]) -> list[Container]:
 
 
 def _gone(pid: int) -> bool:
-    return processes.in_host_pid_namespace() and not processes.runs(pid)
+    return pid > 0 and processes.in_host_pid_namespace() and not processes.runs(pid)
 
 
 def named(kind: str, project: str | None, env: Mapping[str, str]) -> list[str]:
