@@ -74,6 +74,12 @@ def _endpoints(intake: Intake) -> list[Endpoint]:
 
 async def _lead(leadership: Leadership, driver: Driver, ready: asyncio.Event, shown: str) -> None:
     """Act until the lead is over. When it is, or when cancelled, nothing is under way any more."""
+    # In a task of its own: Python 3.11's TaskGroup leaves the count of cancellations raised when one of its tasks
+    # has failed, and up to 3.11.3, Debian 12's, every timeout that passes in such a task is a cancellation.
+    await asyncio.create_task(_act(leadership, driver, ready, shown), name="lead")
+
+
+async def _act(leadership: Leadership, driver: Driver, ready: asyncio.Event, shown: str) -> None:
     acting = asyncio.Event()
     try:
         async with asyncio.TaskGroup() as group:
