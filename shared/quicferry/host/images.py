@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
@@ -282,8 +283,9 @@ def check_root(root: Path) -> Path:
     return root
 
 
+@functools.cache
 def boot_id() -> str:
-    """The kernel's identity for this boot (random(4))."""
+    """The kernel's identity for this boot (random(4)). Read once: both sides of a move ask for it in the pause."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
