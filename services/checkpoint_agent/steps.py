@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Final
 
+from quicferry import quiet
 from quicferry.bus.agent import Step
 from quicferry.host.podman import Podman
 from quicferry.host.source import Source
@@ -17,9 +17,6 @@ from quicferry.protocol.errors import FerryError
 from quicferry.protocol.events import AnyEvent
 
 Events = AsyncGenerator[AnyEvent, None]
-
-LET_IT_SERVE: Final = 0.05
-"""Seconds before the frozen source is killed: the target's first answers need the processor more."""
 
 
 class CheckpointSteps:
@@ -54,11 +51,13 @@ class CheckpointSteps:
 
     async def dump(self, request: AgentRequest) -> Events:
         source = self._source(request)
-        yield await source.hold()
+        held = await source.hold()
+        await source.dump_done(quiet.HELD_WITHIN)
+        yield held
         yield await source.dump()
 
     async def release(self, request: AgentRequest) -> Events:
-        await asyncio.sleep(LET_IT_SERVE)
+        await asyncio.sleep(quiet.SOURCE_KILLED)
         yield await self._source(request).release()
         self._sources.pop(request.id, None)
 

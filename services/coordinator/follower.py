@@ -9,6 +9,7 @@ from typing import Final
 
 import structlog
 
+from quicferry import quiet
 from quicferry.bus.log import EventLog
 from quicferry.protocol import events as ev
 from quicferry.protocol.errors import FerryError
@@ -47,8 +48,8 @@ class Follower:
             async for entry in coming:
                 taken = self._book.take(entry)
                 if taken is not None and self.actor is not None:
-                    _tell(taken)
                     self.actor(taken)
+                    asyncio.get_running_loop().call_later(quiet.LOGGED, _tell, taken)
 
     async def caught_up(self) -> None:
         """Wait until the book knows all that the log holds now. Raises FerryError ``no_answer`` after a while."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Final
 
+from quicferry import quiet
 from quicferry.bus.agent import Step
 from quicferry.host.podman import Podman
 from quicferry.host.target import Target
@@ -14,9 +14,6 @@ from quicferry.protocol.agents import AgentRequest
 from quicferry.protocol.events import AnyEvent
 
 Events = AsyncGenerator[AnyEvent, None]
-
-LET_IT_SERVE: Final = 0.1
-"""Seconds before the images are deleted: the target's first answers need the processor more."""
 
 
 class RestoreSteps:
@@ -50,9 +47,10 @@ class RestoreSteps:
         self._targets[request.id] = target
         resumed = await target.resume()
         try:
+            await asyncio.sleep(quiet.RESUMED)
             yield resumed
             await target.leave()
-            await asyncio.sleep(LET_IT_SERVE)
+            await asyncio.sleep(quiet.IMAGES_DELETED)
         finally:
             # Whatever came of the rest, the target serves: a dock or images left behind would be nobody's.
             await target.close()

@@ -176,7 +176,11 @@ async def test_a_restore_is_asked_for_ahead_and_stops_before_it_runs(tmp_path: P
         await session.restore(b"what was dumped", timeout=5)
     assert [os.read(inventory, 100), os.read(inventory, 100)] == [b"what was dumped", b""]
     os.close(inventory)
-    assert session.withheld == "post-restore"
+    assert (await criu.hear()).notify_success, "CRIU has to be told to go on before anything else is looked at"
+    assert (session.withheld, session.in_last_stage) == ("", True)
+    criu.withhold("pre-resume")
+    await session.stand_by(timeout=5)
+    assert (session.withheld, session.in_last_stage) == ("pre-resume", False)
     await session.close()
 
 

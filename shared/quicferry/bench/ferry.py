@@ -64,7 +64,7 @@ class Ferry:
         move = load.move(since, lost, **criu_figures(events), phases_ms=phases(events, gap.first_after))
         throughput: Throughput | None = load.throughput(since) if bulk else None
         trace: Trace = load.trace(since)
-        return Measured(move, throughput, trace, events)
+        return Measured(move, throughput, trace, events, gap)
 
     async def placement(self) -> Placement:
         """Where the service is, once it is anywhere. Raises FerryError ``unknown_service``."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from quicferry.bench.figures import Move, Throughput, Trace
+from quicferry.bench.load import Gap
 from quicferry.protocol.events import AnyEvent
 
 
@@ -17,6 +18,8 @@ class Measured(NamedTuple):
     trace: Trace
     events: Sequence[AnyEvent] = ()
     """The move's log, where it has one."""
+    gap: Gap | None = None
+    """When its pause was, for ``ferry``."""
 
 
 class Variant(Protocol):

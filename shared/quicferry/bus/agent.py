@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import structlog
 
-from quicferry import faults
+from quicferry import faults, quiet
 from quicferry.bus.connection import Bus
 from quicferry.bus.endpoints import Endpoint, serve
 from quicferry.bus.log import EventLog
@@ -276,7 +276,10 @@ class Agent:
 
     def _handler(self, verb: str) -> Callable[[AgentRequest], Awaitable[Accepted]]:
         async def handle(request: AgentRequest) -> Accepted:
-            return self.accept(verb, request)
+            accepted = self.accept(verb, request)
+            if verb == "resume":
+                await asyncio.sleep(quiet.RESUME_ANSWERED)
+            return accepted
 
         return handle
 

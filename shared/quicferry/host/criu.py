@@ -62,6 +62,7 @@ class CriuSession:
         self._criu: Process | None = None
         self._streams: list[int] = []
         self._withheld = ""
+        self._in_last_stage = False
         self._what = "start"
         self.version: tuple[int, ...] = ()
         self.tracks_memory = False
@@ -110,6 +111,11 @@ class CriuSession:
     def work_fd(self) -> int:
         """The work directory, where CRIU leaves its log and its statistics."""
         return self._work_fd
+
+    @property
+    def in_last_stage(self) -> bool:
+        """Whether a restore has come so far that :meth:`stand_by` is next."""
+        return self._in_last_stage
 
     @property
     def withheld(self) -> str:
@@ -169,18 +175,26 @@ class CriuSession:
     async def restore(self, inventory: bytes, *, timeout: float) -> Process:
         """The images are there: rebuild the process, up to ``post-restore``, where it is whole and has not run.
 
-        Returns the restored root process; the caller closes it.
+        Returns the restored root process; the caller closes it. CRIU goes on from there to ``pre-resume``, see
+        :meth:`stand_by`.
         """
         with contextlib.suppress(BrokenPipeError):  # CRIU is gone: told below, with its own words
             os.write(self._inventory, inventory)
         self._close_inventory()
         await self._until("post-restore", None, timeout)
+        await self._send(self._acknowledgement(True))
+        self._withheld, self._in_last_stage = "", True
         restored = self.restored()
         if len(restored) != 1:
             for process in restored:
                 process.close()
             raise FerryError("criu_failed", f"CRIU restored {len(restored)} process trees; one is due.")
         return restored[0]
+
+    async def stand_by(self, *, timeout: float) -> None:
+        """CRIU's last stage, up to ``pre-resume``: from there only our acknowledgement lets the process run."""
+        self._in_last_stage = False
+        await self._until("pre-resume", None, timeout)
 
     def restored(self) -> list[Process]:
         """What CRIU has restored so far: until it exits, the roots are its children."""
@@ -194,8 +208,8 @@ class CriuSession:
     async def finish(self, ok: bool, *, until: str = "", timeout: float) -> None:
         """Acknowledge the withheld notification and see the request through, or up to ``until``.
 
-        At ``post-dump``: True kills the source, False thaws it. At ``post-restore`` and ``pre-resume``: True goes
-        on, and past the latter lets the target run; abort a restore with :meth:`kill_restored`.
+        At ``post-dump``: True kills the source, False thaws it. At ``pre-resume``: True lets the target run; abort a
+        restore with :meth:`kill_restored`.
         """
         try:
             await self._until(until, self._acknowledgement(ok), timeout)

@@ -11,7 +11,7 @@ from typing import Final
 
 import structlog
 
-from quicferry import faults
+from quicferry import faults, quiet
 from quicferry.host import criu_stats, processes
 from quicferry.host.berths import BerthFacts
 from quicferry.host.criu import CriuSession, outlive
@@ -159,6 +159,11 @@ class Source:
         waited = self._held_at - start
         return events.SourceHeld(id=self._request.id, at_ms=now_ms(), waited_ms=ms(waited))
 
+    async def dump_done(self, within: float) -> None:
+        """Until the dump that :meth:`hold` began has ended, well or badly, but ``within`` seconds at most."""
+        if self._dump is not None:
+            await asyncio.wait({self._dump}, timeout=within)
+
     async def dump(self) -> events.Dumped:
         """See the dump through that :meth:`hold` began; the source stays frozen.
 
@@ -245,6 +250,7 @@ class Source:
         await faults.at("source.frozen")
         self._dumped_at = time.monotonic()
         self._images.tell(COMPLETE)
+        await asyncio.sleep(quiet.DUMPED)
 
     @property
     def _phase(self) -> float:

@@ -168,13 +168,12 @@ class Target:
             self._heard += os.read(self._progress, 16)
 
     async def stand_by(self) -> None:
-        """Take the restored process through CRIU's last stage, up to the point before it runs.
+        """See the restored process through CRIU's last stage, up to the point before it runs.
 
         This goes on while the commit is written; safe to repeat. If it fails, what was restored is killed, and
-        :meth:`resume`
-        restores again. Raises FerryError ``criu_failed``, ``phase_timeout``.
+        :meth:`resume` restores again. Raises FerryError ``criu_failed``, ``phase_timeout``.
         """
-        if self._criu is None or self._server is None or self._criu.withheld != "post-restore":
+        if self._criu is None or self._server is None or not self._criu.in_last_stage:
             return
         try:
             await self._last_stage(self._criu, self._server)
@@ -185,11 +184,10 @@ class Target:
             self._server.close()
             self._server = None
             raise
-        self._log.info("target_restored", pid=self._server.pid)
 
     async def _last_stage(self, criu: CriuSession, server: Process) -> None:
         # CRIU waits for ever for a task that was killed under its hands, so look at that too.
-        stage = asyncio.create_task(criu.finish(True, until="pre-resume", timeout=self._phase))
+        stage = asyncio.create_task(criu.stand_by(timeout=self._phase))
         gone = asyncio.create_task(server.exited(self._phase))
         try:
             await asyncio.wait({stage, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -257,6 +255,7 @@ class Target:
         """The target serves: end CRIU, and the berth's init has the server for a child. Safe to repeat."""
         if self._server is not None:
             self._server.hurry(False)
+            self._log.info("target_serves", pid=self._server.pid)
         if self._criu is not None and self._criu.withheld:
             await self._criu.finish(True, timeout=self._phase)
         await self.close()

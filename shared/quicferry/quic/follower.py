@@ -201,16 +201,18 @@ class Follower:
         faults.strike("client.heard")
         now, now_unix = time.monotonic(), time.time()
         migration.last_before, migration.first_after = seam.heard_at_unix, now_unix
-        migration.interruption_ms = (now - seam.heard_at) * 1000
+        silence_ms = migration.interruption_ms = (now - seam.heard_at) * 1000
         seam.pin()
         seam.heard_at, seam.heard_at_unix = now, now_unix
         self._epoch = max(self._epoch, migration.epoch)
-        log.info(
-            "target_heard", id=migration.id, peer=shown(seam.peer), silence_ms=round(migration.interruption_ms, 1)
-        )
-        said = min(round(migration.interruption_ms, 3), MAX_INTERRUPTION_MS)
-        self._tell(Moved(id=migration.id, source="wrapper", interruption_ms=said))
         self._finish(migration, "arrived")
+        # Behind the application, which may have waited for what came with the target's first word.
+        asyncio.get_running_loop().call_soon(self._say_arrived, migration.id, seam.peer, silence_ms)
+
+    def _say_arrived(self, migration: str, peer: Peer, silence_ms: float) -> None:
+        log.info("target_heard", id=migration, peer=shown(peer), silence_ms=round(silence_ms, 1))
+        said = min(round(silence_ms, 3), MAX_INTERRUPTION_MS)
+        self._tell(Moved(id=migration, source="wrapper", interruption_ms=said))
 
     def _finish(self, migration: Migration, outcome: Outcome) -> None:
         if self._pending is migration:

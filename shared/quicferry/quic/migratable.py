@@ -16,6 +16,8 @@ OLD_LIMIT: Final = 65_536
 """Datagrams read from a socket that is about to be closed: more than its queue can hold."""
 RELEASE_LIMIT: Final = 4096
 """Datagrams read before the socket is given away; who swapped has sent them to the target as well."""
+SINGLY: Final = 16
+"""Of an adopted socket's queue, so many datagrams are taken one by one: each may be what a client waits for."""
 
 
 Datagram = tuple[bytes, Peer]
@@ -27,6 +29,7 @@ class MigratableUDP(UdpEndpoint):
     def __init__(self, sock: socket.socket, received: Received) -> None:
         self._received = received
         self._waiting: deque[Datagram] = deque()
+        self._singly = 0
         self._bound = sock.getsockname()[:2]
         super().__init__(sock)
 
@@ -81,7 +84,8 @@ class MigratableUDP(UdpEndpoint):
             old.close()
         fresh, stale = self._queued(sock, since)
         self._waiting.extend((*fresh, *stale))
-        self._take_waiting(1)  # its answer leaves before the others are looked at: that ends the client's pause
+        self._singly = SINGLY
+        self._take_waiting()
         return len(fresh) + len(stale)
 
     def _queued(self, sock: socket.socket, since: float) -> tuple[list[Datagram], list[Datagram]]:
@@ -99,12 +103,15 @@ class MigratableUDP(UdpEndpoint):
             (fresh if _came_at(control) >= since else stale).append((data, normalised(address)))
         return fresh, stale
 
-    def _take_waiting(self, most: int = BATCH) -> None:
+    def _take_waiting(self) -> None:
+        most = 1 if self._singly else BATCH
+        self._singly -= most == 1
         for _ in range(min(most, len(self._waiting))):
             self._hand_up(*self._waiting.popleft())
         if self._waiting:
-            # Behind the application that these woke, ahead of timers: asyncio puts those that are due at the end.
-            self._loop.call_soon(self._take_waiting)
+            # In two turns of the loop: the application that these woke is behind us in this one, and what it answers
+            # leaves in the next. Ahead of timers: asyncio puts those that are due at the end.
+            self._loop.call_soon(self._loop.call_soon, self._take_waiting)
 
     def _arrived(self, data: bytes, peer: Peer) -> None:
         self._received(data, peer)

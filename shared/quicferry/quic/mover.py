@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 import structlog
 
-from quicferry import faults
+from quicferry import faults, quiet
 from quicferry.protocol import events
 from quicferry.protocol.agents import ARE_YOU_THERE, ArmRequest
 from quicferry.protocol.api import Address, Options
@@ -248,22 +248,26 @@ class Mover:
         if back.adopted.outcome == "rolled_back":
             self._tell_rollback(move)
         self._end(move)
+        self._outbox.put(
+            events.Adopted(
+                id=move.id, at_ms=_now_ms(), outcome=back.adopted.outcome, still_ms=round(back.still_ms, 3)
+            )
+        )
+        self._spawn(self._tell_adopted(move.id, back))
+        await self._resumed(move, back.adopted.outcome)
+
+    async def _tell_adopted(self, migration: str, back: hold.Back) -> None:
+        await asyncio.sleep(quiet.ADOPTED)
         log.info(
             "adopted",
-            id=move.id,
+            id=migration,
             outcome=back.adopted.outcome,
             berth=back.adopted.berth,
             epoch=back.adopted.epoch,
             still_ms=round(back.still_ms, 1),
             queued=back.queued,
         )
-        self._outbox.put(
-            events.Adopted(
-                id=move.id, at_ms=_now_ms(), outcome=back.adopted.outcome, still_ms=round(back.still_ms, 3)
-            )
-        )
-        self._spawn(self._outbox.resume())
-        await self._resumed(move, back.adopted.outcome)
+        await self._outbox.resume()
 
     async def _hear_newcomers(self) -> None:
         """Who connected just now is given the time to say hello: it can come along then, and is not sent away."""
