@@ -11,7 +11,7 @@ from typing import Final
 
 import structlog
 
-from quicferry import faults, quiet
+from quicferry import faults
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
@@ -140,7 +140,7 @@ class Driver:
             case Decide():
                 self._tasks.create_task(self._decide(state, command))
             case Place():
-                self._tasks.create_task(self._place_soon(state))
+                self._tasks.create_task(self._write("place", migration, self._placing(placement_of(state))))
             case Unlock():
                 service = state.request.service
                 self._tasks.create_task(
@@ -265,10 +265,6 @@ class Driver:
             await self._log.append(event)
 
         await self._write(ev.kind(event), event.id, append, command)
-
-    async def _place_soon(self, state: State) -> None:
-        await asyncio.sleep(quiet.PLACED)
-        await self._write("place", state.request.id, self._placing(placement_of(state)))
 
     def _placing(self, placement: Placement) -> Callable[[], Awaitable[None]]:
         async def place() -> None:

@@ -15,8 +15,6 @@ DUMPED: Final = 0.001
 """From the end of the dump until the log is told: the target's CRIU is being given the images."""
 LOGGED: Final = 0.05
 """From an entry of the log to the coordinator's line about it."""
-PLACED: Final = 0.05
-"""From the commit until the coordinator writes the new place into the bucket, which is only a cache of the log."""
 RESUME_ANSWERED: Final = 0.01
 """From a request to resume to its answer; the step begins at once."""
 RESUMED: Final = 0.005

@@ -184,7 +184,9 @@ def _wanted_resuming(state: State, limit: float) -> list[Command]:
         calls.append(CallAgent(agent="checkpoint", verb="release", attempt=state.attempt))
     # The first wait is the limit itself; later ones leave an agent whose step hangs the time to end it.
     more = 0.0 if state.attempt == 1 else RETRY_SECONDS if served(state) else growing(state.attempt - 1)
-    return [*calls, Place(), _timer_for(state, max(limit, more))]
+    # The bucket is only the log's cache: it waits until the target runs, as clients do.
+    place: list[Command] = [Place()] if state.resumed or state.attempt > 1 else []
+    return [*calls, *place, _timer_for(state, max(limit, more))]
 
 
 def _wanted_aborting(state: State) -> list[Command]:
