@@ -18,7 +18,7 @@ from quicferry.protocol import handover, wire
 from quicferry.protocol.api import Address
 from quicferry.protocol.errors import FerryError
 from quicferry.quic import hold
-from quicferry.quic.migratable import CONTROL_BYTES, MigratableUDP, _came_at
+from quicferry.quic.migratable import CONTROL_BYTES, SINGLY, MigratableUDP, _came_at
 
 ADOPTED = handover.Adopted(
     id="m", outcome="moved", node="n", berth="b", address=Address(host="192.0.2.1", port=4242), epoch=1
@@ -228,6 +228,54 @@ async def test_what_came_before_the_pause_is_read_last() -> None:
         async with asyncio.timeout(5):
             await got.all.wait()
         assert got[1:] == [b"%d" % number for number in range(199)]
+    endpoint.close()
+
+
+async def test_what_arrives_while_the_queue_is_taken_waits_behind_it() -> None:
+    """Acknowledged out of order, what is still queued looks lost to the client and costs its congestion window."""
+    got = Received(42)
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, got)
+    endpoint.release().close()
+    with udp() as sender:
+        parked = udp()
+        for number in range(40):
+            sender.sendto(b"%d" % number, parked.getsockname())
+        assert endpoint.adopt(parked) == 40
+        sender.sendto(b"40", parked.getsockname())
+        await asyncio.sleep(0)
+        sender.sendto(b"41", parked.getsockname())
+        async with asyncio.timeout(5):
+            await got.all.wait()
+    assert got == [b"%d" % number for number in range(42)]
+    endpoint.close()
+
+
+async def test_the_application_answers_each_of_the_first_before_the_next_is_taken() -> None:
+    seen: list[str] = []
+    all_answered = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def answered(number: str) -> None:
+        seen.append(f"{number} answered")
+        if len(seen) == 2 * SINGLY:
+            all_answered.set()
+
+    def received(data: bytes, peer: object) -> None:
+        """As the stack does: the application is woken, and what it writes leaves in the turn after."""
+        number = data.decode()
+        seen.append(f"{number} came")
+        loop.call_soon(loop.call_soon, answered, number)
+
+    endpoint = MigratableUDP.bind("127.0.0.1", 0, received)
+    endpoint.release().close()
+    with udp() as sender:
+        parked = udp()
+        for number in range(SINGLY):
+            sender.sendto(b"%d" % number, parked.getsockname())
+        endpoint.adopt(parked)
+        async with asyncio.timeout(5):
+            await all_answered.wait()
+    assert seen == [word for number in range(SINGLY) for word in (f"{number} came", f"{number} answered")]
     endpoint.close()
 
 

@@ -28,7 +28,10 @@ class MigratableUDP(UdpEndpoint):
 
     def __init__(self, sock: socket.socket, received: Received) -> None:
         self._received = received
-        self._waiting: deque[Datagram] = deque()
+        self._fresh: deque[Datagram] = deque()
+        self._stale: deque[Datagram] = deque()
+        self._taking = False
+        """Whether some of them are still to be taken: what arrives meanwhile has to wait behind them."""
         self._singly = 0
         self._bound = sock.getsockname()[:2]
         super().__init__(sock)
@@ -82,15 +85,13 @@ class MigratableUDP(UdpEndpoint):
         if (old := self._exchange(sock)) is not None:
             self.drain(old, OLD_LIMIT)
             old.close()
-        fresh, stale = self._queued(sock, since)
-        self._waiting.extend((*fresh, *stale))
+        self._read_queue(sock, since)
+        waiting = len(self._fresh) + len(self._stale)
         self._singly = SINGLY
         self._take_waiting()
-        return len(fresh) + len(stale)
+        return waiting
 
-    def _queued(self, sock: socket.socket, since: float) -> tuple[list[Datagram], list[Datagram]]:
-        fresh: list[Datagram] = []
-        stale: list[Datagram] = []
+    def _read_queue(self, sock: socket.socket, since: float) -> None:
         for _ in range(OLD_LIMIT):
             try:
                 data, control, _, address = sock.recvmsg(MAX_DATAGRAM, CONTROL_BYTES)
@@ -100,21 +101,26 @@ class MigratableUDP(UdpEndpoint):
                 self.counters.receive_errors += 1  # an ICMP error queued on it; reading it took it off
                 continue
             self.counters.received += 1
-            (fresh if _came_at(control) >= since else stale).append((data, normalised(address)))
-        return fresh, stale
+            (self._fresh if _came_at(control) >= since else self._stale).append((data, normalised(address)))
 
     def _take_waiting(self) -> None:
-        most = 1 if self._singly else BATCH
-        self._singly -= most == 1
-        for _ in range(min(most, len(self._waiting))):
-            self._hand_up(*self._waiting.popleft())
-        if self._waiting:
+        self._taking = False
+        for _ in range(1 if self._singly else BATCH):
+            if queue := self._fresh or self._stale:
+                self._hand_up(*queue.popleft())
+        self._singly = max(0, self._singly - 1)
+        if self._fresh or self._stale:
+            self._taking = True
             # In two turns of the loop: the application that these woke is behind us in this one, and what it answers
             # leaves in the next. Ahead of timers: asyncio puts those that are due at the end.
             self._loop.call_soon(self._loop.call_soon, self._take_waiting)
 
     def _arrived(self, data: bytes, peer: Peer) -> None:
-        self._received(data, peer)
+        if self._taking:
+            # Acknowledged before them it would make them look lost (RFC 9002, 6.1.1) and cost the congestion window.
+            self._fresh.append((data, peer))
+        else:
+            self._received(data, peer)
 
 
 def _came_at(control: list[tuple[int, int, bytes]]) -> float:
