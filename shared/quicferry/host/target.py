@@ -153,7 +153,7 @@ class Target:
             if self._heap is None or self._heap.key != manifest.heap:
                 raise FerryError(
                     "heap_gone",
-                    "The server's shared heap is not to be found: the source and whoever else held it are gone.",
+                    f"The server's shared heap is not to be found: {self._what_is_at_source()}.",
                     hint="Start a new server in a berth of the service.",
                 )
             inherited[manifest.heap] = self._criu.stream(len(OUTPUTS))
@@ -161,6 +161,13 @@ class Target:
         await self._criu.begin_restore(inherited)
         self._manifest = manifest
         return self._criu, self._dock, manifest
+
+    def _what_is_at_source(self) -> str:
+        berth = self._request.source.berth
+        if self._source is None:
+            return f"berth {berth} holds no server any more"
+        has = "none" if self._heap is None else "another"
+        return f"the server in berth {berth}, PID {self._source.pid}, has {has}"
 
     async def _hear(self, word: bytes) -> None:
         while word not in self._heard:
