@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from quicferry.protocol.handover import SO_TIMESTAMPNS
@@ -17,7 +18,8 @@ OLD_LIMIT: Final = 65_536
 RELEASE_LIMIT: Final = 4096
 """Datagrams read before the socket is given away; who swapped has sent them to the target as well."""
 SINGLY: Final = 16
-"""Of an adopted socket's queue, so many datagrams are taken one by one: each may be what a client waits for."""
+"""Of a short queue in an adopted socket, so many datagrams are taken one by one: each may be what a client waits for.
+A long one has hundreds of clients, whose timers are all due and would have their turn between any two."""
 
 
 Datagram = tuple[bytes, Peer]
@@ -87,7 +89,7 @@ class MigratableUDP(UdpEndpoint):
             old.close()
         self._read_queue(sock, since)
         waiting = len(self._fresh) + len(self._stale)
-        self._singly = SINGLY
+        self._singly = SINGLY if waiting <= BATCH else 1
         self._take_waiting()
         return waiting
 
@@ -111,9 +113,11 @@ class MigratableUDP(UdpEndpoint):
         self._singly = max(0, self._singly - 1)
         if self._fresh or self._stale:
             self._taking = True
-            # In two turns of the loop: the application that these woke is behind us in this one, and what it answers
-            # leaves in the next. Ahead of timers: asyncio puts those that are due at the end.
-            self._loop.call_soon(self._loop.call_soon, self._take_waiting)
+            # Behind the application that these woke, ahead of timers: asyncio puts those that are due at the end.
+            again: tuple[Callable[..., object], ...] = (self._take_waiting,)
+            if self._singly:
+                again = (self._loop.call_soon, *again)  # a turn later, when what the application answered has left
+            self._loop.call_soon(*again)
 
     def _arrived(self, data: bytes, peer: Peer) -> None:
         if self._taking:
