@@ -31,9 +31,9 @@ class MigratableUDP(UdpEndpoint):
     def __init__(self, sock: socket.socket, received: Received) -> None:
         self._received = received
         self._fresh: deque[Datagram] = deque()
+        """Of an adopted socket's queue, what is still to be taken."""
         self._stale: deque[Datagram] = deque()
-        self._taking = False
-        """Whether some of them are still to be taken: what arrives meanwhile has to wait behind them."""
+        """Likewise, what the source has answered: last."""
         self._singly = 0
         self._bound = sock.getsockname()[:2]
         super().__init__(sock)
@@ -106,25 +106,24 @@ class MigratableUDP(UdpEndpoint):
             (self._fresh if _came_at(control) >= since else self._stale).append((data, normalised(address)))
 
     def _take_waiting(self) -> None:
-        self._taking = False
         for _ in range(1 if self._singly else BATCH):
             if queue := self._fresh or self._stale:
                 self._hand_up(*queue.popleft())
         self._singly = max(0, self._singly - 1)
         if self._fresh or self._stale:
-            self._taking = True
             # Behind the application that these woke, ahead of timers: asyncio puts those that are due at the end.
             again: tuple[Callable[..., object], ...] = (self._take_waiting,)
             if self._singly:
                 again = (self._loop.call_soon, *again)  # a turn later, when what the application answered has left
             self._loop.call_soon(*again)
 
+    def _readable(self, sock: socket.socket) -> None:
+        # Taken before what waits, newer datagrams would make that look lost (RFC 9002, 6.1.1): congestion window.
+        if not self._fresh:
+            super()._readable(sock)
+
     def _arrived(self, data: bytes, peer: Peer) -> None:
-        if self._taking:
-            # Acknowledged before them it would make them look lost (RFC 9002, 6.1.1) and cost the congestion window.
-            self._fresh.append((data, peer))
-        else:
-            self._received(data, peer)
+        self._received(data, peer)
 
 
 def _came_at(control: list[tuple[int, int, bytes]]) -> float:
