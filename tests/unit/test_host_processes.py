@@ -31,6 +31,10 @@ sys.stdin.readline()
 """
 
 
+NO_PROCESS = 2**22 + 1
+"""More than PID_MAX_LIMIT (proc_sys_kernel(5))."""
+
+
 @contextlib.asynccontextmanager
 async def child(code: str) -> AsyncIterator[asyncio.subprocess.Process]:
     pipe = asyncio.subprocess.PIPE
@@ -104,6 +108,19 @@ async def test_only_pipes_are_outer_pipes() -> None:
         found = processes.outer_pipes(made.pid)
         assert set(found) <= {"0", "1"}  # asyncio gives a child's stdin a socket pair or a pipe
         assert found["1"] == os.readlink(f"/proc/{made.pid}/fd/1")
+
+
+async def test_a_process_that_ends_while_pids_are_looked_through_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found by the soak: an abort met one between two looks, and had to be asked for again."""
+    async with child("print(1, flush=True); input()") as made:
+        await line(made)
+        space = processes.pid_namespace
+        monkeypatch.setattr(processes, "_all", lambda: iter((NO_PROCESS, made.pid)))
+        monkeypatch.setattr(processes, "pid_namespace", lambda pid: space(os.getpid() if pid == NO_PROCESS else pid))
+        assert processes.berth_pid_taken(os.getpid(), made.pid)
+        assert not processes.berth_pid_taken(os.getpid(), NO_PROCESS)
 
 
 def test_a_berth_whose_init_is_gone_is_told() -> None:

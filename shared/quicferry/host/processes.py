@@ -139,10 +139,11 @@ def berth_pid_taken(init_pid: int, number: int) -> bool:
     for pid in _all():
         if pid_namespace(pid) != space:
             continue
-        for task in _tasks(pid):
-            with contextlib.suppress(ProcessLookupError):
-                if _namespace_pids(f"/proc/{pid}/task/{task}/status")[-1] == number:
-                    return True
+        with contextlib.suppress(ProcessLookupError):  # it ends while we look
+            for task in _tasks(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    if _namespace_pids(f"/proc/{pid}/task/{task}/status")[-1] == number:
+                        return True
     return False
 
 
