@@ -209,11 +209,10 @@ async def test_a_step_that_fails_says_why_and_a_later_attempt_may_succeed(node: 
 async def test_a_berth_that_podman_wrongly_takes_for_running_is_in_nobodys_way(node: Node) -> None:
     here, there, gone = await node.port.berth("a", ECHO), await node.port.berth("b"), await node.port.berth("c")
     conmon, state = podman("inspect", "-f", "{{.State.ConmonPid}}", gone.container), "{{.State.Status}}"
-    for pid in (int(conmon), gone.init_pid):  # as an out-of-memory killer, or a careless one, does
-        os.kill(pid, signal.SIGKILL)
-    async with asyncio.timeout(WAIT):
-        while processes.runs(gone.init_pid):  # noqa: ASYNC110
-            await asyncio.sleep(0.02)  # polls /proc: it is no child of ours
+    with processes.Process(gone.init_pid) as init:
+        for pid in (int(conmon), gone.init_pid):  # as an out-of-memory killer, or a careless one, does
+            os.kill(pid, signal.SIGKILL)
+        assert await init.exited(WAIT)
     assert podman("inspect", "-f", state, gone.container) == "running"
     for role in ("checkpoint", "restore"):
         assert await node.end(role, signal.SIGTERM) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
 from typing import Final
 
 from quicferry.protocol.handover import SO_TIMESTAMPNS
@@ -112,10 +111,11 @@ class MigratableUDP(UdpEndpoint):
         self._singly = max(0, self._singly - 1)
         if self._fresh or self._stale:
             # Behind the application that these woke, ahead of timers: asyncio puts those that are due at the end.
-            again: tuple[Callable[..., object], ...] = (self._take_waiting,)
+            soon = self._loop.call_soon
             if self._singly:
-                again = (self._loop.call_soon, *again)  # a turn later, when what the application answered has left
-            self._loop.call_soon(*again)
+                soon(soon, self._take_waiting)  # a turn later, when what the application answered has left
+            else:
+                soon(self._take_waiting)
 
     def _readable(self, sock: socket.socket) -> None:
         # Taken before what waits, newer datagrams would make that look lost (RFC 9002, 6.1.1): congestion window.
