@@ -60,12 +60,12 @@ async def test_a_server_that_parks_too_late_gets_its_socket_back_from_the_next_m
     async with broken_world.client() as client:
         (broken_world.faults_in(home) / "server.holding").write_text("stop")
         await broken_world.ask(MigrateRequest(service="echo", id="first", options=OPTIONS))
-        await stopped(home.server_pid)
+        pid = await stopped(lambda: home.server_pid)
         await broken_world.cancel("first")
         assert outcome(await broken_world.ended("first")) == "rolled_back: cancelled"
         await broken_world.ask(MigrateRequest(service="echo", id="second", options=OPTIONS))
         await broken_world.seen("second", ev.Prepared)
-        os.kill(home.server_pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
         assert outcome(await broken_world.ended("second")).startswith("rolled_back")
         assert await tidy(broken_world, "echo") == []
         await client.echoes(20)

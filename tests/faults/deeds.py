@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final
 
@@ -25,11 +25,12 @@ HUNGRY: Final = (
 )
 
 
-async def stopped(pid: int) -> None:
-    """Until the process stands still."""
+async def stopped(find: Callable[[], int]) -> int:
+    """The PID of the process, once it stands still: who is told to by a file takes that away a moment before."""
     async with asyncio.timeout(PATIENCE):
-        while state_of(pid) != "T":
+        while state_of(pid := find()) != "T":
             await asyncio.sleep(LOOK)
+    return pid
 
 
 async def nats_away(world: World) -> None:

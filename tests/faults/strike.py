@@ -17,7 +17,7 @@ from quicferry.protocol.errors import FerryError
 from tests.faults import deeds
 from tests.faults.checks import outcome
 from tests.faults.matrix import FAILS_AT, Case
-from tests.faults.parts import LOOK, PATIENCE, Berth, state_of
+from tests.faults.parts import LOOK, PATIENCE, Berth
 from tests.faults.world import World
 
 STANDS_STILL: Final = 2.6
@@ -64,8 +64,7 @@ class Strike(msgspec.Struct, frozen=True, kw_only=True):
                     await asyncio.sleep(LOOK)
         if self.case.fault in faults.FAULTS and self.case.fault != "stop":
             return
-        pid = self._pid()
-        await deeds.stopped(pid)
+        pid = await deeds.stopped(self._pid)
         try:
             async with self._deed():
                 _let_go(pid)
@@ -95,8 +94,7 @@ class Strike(msgspec.Struct, frozen=True, kw_only=True):
         if self.car is not None:
             return self.car.pid
         if self.case.who in ("server", "target"):
-            (pid,) = (berth.server_pid for berth in (self.home, self.away) if state_of(berth.server_pid) == "T")
-            return pid
+            return self._berth.server_pid
         return self.world.programs[self.case.who].pid
 
     @contextlib.asynccontextmanager
