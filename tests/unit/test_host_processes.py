@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -121,6 +122,21 @@ async def test_a_process_that_ends_while_pids_are_looked_through_is_passed_over(
         monkeypatch.setattr(processes, "pid_namespace", lambda pid: space(os.getpid() if pid == NO_PROCESS else pid))
         assert processes.berth_pid_taken(os.getpid(), made.pid)
         assert not processes.berth_pid_taken(os.getpid(), NO_PROCESS)
+
+
+def test_a_child_that_the_kernel_left_out_of_one_list_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reaped while it was listed, the first took the second with it: so in one of a few hundred cases, when tried."""
+    lists = iter([[1001], [1002], [1002]])
+    monkeypatch.setattr(processes, "_listed_children", lambda _: next(lists))
+    assert processes.children(os.getpid()) == [1002]
+
+
+async def test_children_that_never_stay_the_same_are_told_by_their_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = itertools.count(1001)
+    monkeypatch.setattr(processes, "_listed_children", lambda _: [next(numbers)])
+    async with child("import sys; sys.stdin.readline()") as made:
+        assert made.pid in processes.children(os.getpid())
+    assert next(numbers) == 1001 + processes.LOOKS
 
 
 def test_a_berth_whose_init_is_gone_is_told() -> None:

@@ -13,6 +13,8 @@ from quicferry.protocol.errors import FerryError
 
 INITIAL_PID_NAMESPACE: Final = 0xEFFFFFFC
 """Inode of the first PID namespace (PROC_PID_INIT_INO in the kernel's proc_ns.h)."""
+LOOKS: Final = 10
+"""How often a list of children may change while it is read; then every process is asked for its parent instead."""
 NICE: Final = -10
 """See setpriority(2)."""
 SERVER_PID: Final = 5000
@@ -201,16 +203,28 @@ def in_host_pid_namespace() -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """The child processes of ``pid``, of all its threads (proc_pid_task_children(5))."""
-    found: list[int] = []
+    """The child processes of ``pid``, of all its threads (proc_pid_task_children(5)).
+
+    The kernel leaves one out when the one listed before it is reaped meanwhile. That one is not in the next list, so
+    two lists that are the same leave nothing out.
+    """
     try:
-        for task in _tasks(pid):
-            with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
-                found += [int(word) for word in file.read().split()]
+        before: list[int] | None = None
+        for _ in range(LOOKS):
+            if (found := _listed_children(pid)) == before:
+                return found
+            before = found
     except (FileNotFoundError, ProcessLookupError):
-        # A kernel without CONFIG_PROC_CHILDREN, or the process is gone: then nobody has it as parent.
-        found = [other for other in _all() if _parent(other) == pid]
-    return sorted(set(found))
+        pass  # a kernel without CONFIG_PROC_CHILDREN, or the process is gone: then nobody has it as parent
+    return sorted(other for other in _all() if _parent(other) == pid)
+
+
+def _listed_children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in _tasks(pid):
+        with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
+            found += [int(word) for word in file.read().split()]
+    return sorted(found)
 
 
 def namespace_pid(pid: int) -> int:
