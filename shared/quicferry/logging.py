@@ -12,6 +12,8 @@ from typing import Final, TextIO, cast
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+RENDERED: Final = ("exception", "stack")
+"""Fields of many lines."""
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
@@ -38,11 +40,12 @@ def configure(service: str = "") -> None:
         last = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(sort_keys=False)]
     else:
         last = [
+            _printable,
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(),
                 pad_event_to=0,
                 exception_formatter=structlog.dev.plain_traceback,
-            )
+            ),
         ]
     structlog.configure(
         processors=[*shared, *last],
@@ -62,6 +65,14 @@ def configure(service: str = "") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(level, logging.WARNING))
+
+
+def _printable(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """What a client or a server said of itself does not steer the terminal that shows the log."""
+    for key, value in event.items():
+        if isinstance(value, str) and not value.isprintable() and key not in RENDERED:
+            event[key] = value.encode("unicode_escape").decode("ascii")
+    return event
 
 
 class _Unbreakable(io.TextIOBase):

@@ -445,6 +445,32 @@ async def test_repeated_replaced_and_outdated_moves(tls: Tls) -> None:
         assert [id_ for id_, refused in heard if not refused] == ["one", "one", "two", "three"]
 
 
+async def test_a_target_whose_first_word_is_the_next_move_has_spoken(tls: Tls) -> None:
+    """A client that was out of reach meanwhile: two moves on, and a rollback of the second must reach it."""
+    async with serving(tls) as (server, _), dial(tls, server.port) as connection:
+        assert await ping(connection) == b"ping"
+        seam, follower = connection._seam, connection._follower
+        old, first, second = seam.peer, ("127.0.0.2", 9), ("127.0.0.3", 9)
+
+        def brings(line: bytes) -> Callable[[bytes, Any], bool]:
+            return lambda *_: follower._hear(line) is None
+
+        follower._hear(migrate("one", *first, 1))
+        assert (seam.peer, seam.pending) == (old, first)
+        deliver = seam._deliver
+        try:
+            seam._deliver = brings(migrate("two", *second, 2))
+            seam._arrived(b"", first)
+            assert (seam.peer, seam.pending) == (first, second)
+            assert [move.outcome for move in follower.history] == ["arrived", None]
+            seam._deliver = brings(b'{"type":"rollback","id":"two"}\n')
+            seam._arrived(b"", first)
+            assert (seam.peer, seam.pending) == (first, None)
+            assert [move.outcome for move in follower.history] == ["arrived", "rolled_back"]
+        finally:
+            seam._deliver = deliver
+
+
 async def test_datagrams_of_others_are_not_read(tls: Tls) -> None:
     """An answer from where nobody was admitted does not reach QUIC, and does not pin anything."""
     async with serving(tls) as (server, _), dial(tls, server.port) as connection:

@@ -17,6 +17,7 @@ from quicferry.quic.addresses import shown
 from quicferry.quic.client import Connection
 from quicferry.quic.follower import Follower
 from quicferry.quic.meter import Meter, Pause
+from quicferry.quic.policy import Policy
 from tests.integration.wrapper_kit import LIMIT, Agent, ServerProcess, Tls, dial, make_tls, parked, ping
 
 
@@ -221,6 +222,22 @@ async def test_without_an_agent_the_move_is_called_off(tls: Tls) -> None:
             assert await connection.migrations[-1].arrived(LIMIT) == "rolled_back"
         assert await ping(connection) == b"ping"
         assert server.of("server.adopted") == []
+
+
+async def test_a_server_whose_every_client_refuses_the_address_stays(tls: Tls) -> None:
+    """Otherwise a mistyped address would close every session, and the move would count as completed."""
+    async with (
+        ServerProcess.start(tls) as server,
+        dial(tls, server.port, policy=Policy.only("192.0.2.0/24")) as connection,
+    ):
+        assert await ping(connection) == b"ping"
+        with Agent(server.port):
+            await server.arm("astray", 9, epoch=1)
+            server.signal(signal.SIGTERM)
+            await server.until("resumed")
+        assert server.of("server.quiesced") == []
+        assert await ping(connection) == b"ping"
+        assert connection.migration is None
 
 
 async def test_a_disarmed_server_stops_on_sigterm(tls: Tls) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -33,6 +34,18 @@ def test_the_lines_as_the_agents_see_them() -> None:
     assert wire.decode(b'{"op":"adopt"}', handover.Request) == handover.Adopt()
     assert wire.decode(LINE.strip(), handover.Adopted) == ADOPTED
     assert handover.socket_name(4242) == "\0quicferry.parking.4242"
+
+
+def test_without_a_descriptor_for_it_the_agent_is_asked_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an OSError it would have let a server go on that holds no socket."""
+
+    def none_left(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(hold.socket, "socket", none_left)
+    with pytest.raises(FerryError) as caught:
+        hold._connect("\0quicferry.test.nobody")
+    assert caught.value.code == "hold_refused"
 
 
 class BadAgent:

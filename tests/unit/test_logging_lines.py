@@ -35,6 +35,15 @@ def test_text_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "took_ms=3.5" in err
 
 
+def test_what_others_say_of_themselves_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    ours.configure()
+    structlog.get_logger().info("client_refused", reason="\x1b[2Jgone")
+    line = capsys.readouterr().err
+    assert "\x1b[2J" not in line
+    assert line.count("\n") == 1
+    assert "gone" in line
+
+
 def test_json_names_the_service(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUICFERRY_LOG", "json")
     monkeypatch.setenv("QUICFERRY_LOG_LEVEL", "debug")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 
 import pytest
 import pytest_asyncio
 
+from quicferry.protocol import handover
 from quicferry.protocol.agents import ARE_YOU_THERE, ArmRequest
-from quicferry.protocol.api import Address
+from quicferry.protocol.api import Address, Options
+from quicferry.protocol.control import Ack
 from quicferry.protocol.errors import FerryError
+from quicferry.quic.move import Move
 from quicferry.quic.mover import REMEMBERED, Mover
 
 TARGET = Address(host="192.0.2.9", port=4242)
@@ -17,7 +24,8 @@ TARGET = Address(host="192.0.2.9", port=4242)
 
 @pytest_asyncio.fixture
 async def mover() -> AsyncIterator[Mover]:
-    made = Mover(None, None, migrate_to=None, on_quiesce=None, on_resume=None)  # type: ignore[arg-type]  # none moves
+    server = SimpleNamespace(udp=SimpleNamespace(port=os.getpid()))  # no real port, but a name that is ours alone
+    made = Mover(server, None, migrate_to=None, on_quiesce=None, on_resume=None)  # type: ignore[arg-type]  # none moves
     yield made
     await made.stop()
 
@@ -68,3 +76,72 @@ async def test_asking_whether_it_is_there_changes_nothing(mover: Mover) -> None:
         mover.arm(ARE_YOU_THERE)
     assert mover._armed == arm("m2")
     assert list(mover._past) == ["m1"]
+
+
+@contextlib.contextmanager
+def waiting_agent() -> Iterator[None]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dock:
+        dock.bind(handover.socket_name(os.getpid()))
+        dock.listen(1)
+        yield
+
+
+async def test_a_sigterm_after_the_arming_ran_out_ends_nobody_while_the_agent_waits(mover: Mover) -> None:
+    """The agent stood still between the dump's request and its SIGTERM, or the coordinator before that request."""
+    mover.arm(arm("m1"))
+    mover._lapse("m1")
+    with waiting_agent():
+        assert mover.begin()
+        assert mover._move is None
+    assert not mover.begin(), "with no agent there it is podman stop that asks"
+
+
+async def test_a_sigterm_that_was_never_armed_stops_the_server_even_while_an_agent_prepares(mover: Mover) -> None:
+    with waiting_agent():
+        assert not mover.begin()
+        mover.arm(arm("m1"))
+        mover.arm(disarm("m1"))
+        assert not mover.begin()
+
+
+class Client:
+    def __init__(self, name: str) -> None:
+        self.name, self.quiesces = name, False
+
+    def tell(self, line: bytes) -> bool:
+        return True
+
+
+def told(*clients: Client) -> Move:
+    move = Move("m1", TARGET, 1, Options())
+    for client in clients:
+        move.tell(client)
+    return move
+
+
+async def test_of_a_connection_that_ended_no_past_move_keeps_anything(mover: Mover) -> None:
+    left, other = Client("car"), Client("car")
+    mover._past["m0"] = move = told(left)
+    mover.gone(other)  # type: ignore[arg-type]
+    assert move.told == {"car": left}
+    mover.gone(left)  # type: ignore[arg-type]
+    assert move.told == {}
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ([], ""),
+        (["no way", "not there"], "no way"),
+        (["no way", ""], ""),
+        (["no way", None], ""),
+        (["outdated: epoch 1, the server is at 2", "no way"], ""),
+    ],
+)
+async def test_an_address_that_every_client_refuses_is_wrong(answers: list[str | None], why: str) -> None:
+    clients = [Client(f"car-{number}") for number in range(len(answers))]
+    move = told(*clients)
+    for client, answer in zip(clients, answers, strict=True):
+        if answer is not None:
+            move.ack(client, Ack(id="m1", refused=answer))
+    assert move.refused_by_all == why

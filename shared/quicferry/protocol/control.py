@@ -17,6 +17,10 @@ from quicferry.protocol.wire import Count, Millis, Name
 
 MAX_LINE_BYTES: Final = 4096
 """A longer line is an error that closes the stream."""
+OUTDATED: Final = "outdated"
+"""How a refusal begins that is about the epoch, not about the address."""
+MAX_REFUSAL: Final = 200
+"""Characters of a refusal that are sent, or read."""
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag="hello"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 import structlog
@@ -61,8 +61,9 @@ class Follower:
         self._epoch = 0
         self._control: Stream | None = None
         self._decoder: LineDecoder[FromServer] = LineDecoder(FromServer)
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._probing: asyncio.TimerHandle | None = None
+        self._quiescing: asyncio.Task[None] | None = None
         seam.on_target_heard = self._target_heard
 
     @property
@@ -139,13 +140,15 @@ class Follower:
     # Moves.
 
     def _migrate(self, message: Migrate) -> None:
+        if self._pending is not None and self.seam.speaking == self.seam.pending:
+            self._target_heard()  # this is the target's first word, and it is about to move on
         known = next((past for past in self.history if past.id == message.id), None)
         if known is not None and (known.target == message.address or known.outcome is not None):
             log.info("migrate_repeated", id=message.id)
             self._tell(Ack(id=message.id))
             return
         if message.epoch and message.epoch <= self._epoch:
-            self._refuse(message, f"outdated: epoch {message.epoch}, the server is at {self._epoch}")
+            self._refuse(message, f"{control.OUTDATED}: epoch {message.epoch}, the server is at {self._epoch}")
             return
         try:
             target = self._policy.resolve(message.addr, message.port, self.seam.peer)
@@ -176,12 +179,14 @@ class Follower:
             return
         self._connection.probe()
         self._keep_probing()
+        if self._quiescing is not None:
+            self._quiescing.cancel()
         if self._on_quiesce is not None:
-            self._spawn(self._quiesce(migration, message.quiesce_ms / 1000))
+            self._quiescing = self._spawn(self._quiesce(migration, message.quiesce_ms / 1000))
 
     def _refuse(self, message: Migrate, reason: str) -> None:
         log.warning("migrate_refused", id=message.id, reason=reason)
-        self._tell(Ack(id=message.id, refused=reason[:200]))
+        self._tell(Ack(id=message.id, refused=reason[: control.MAX_REFUSAL]))
 
     def _rollback(self, message: Rollback) -> None:
         if self._pending is None or self._pending.id != message.id:
@@ -253,7 +258,8 @@ class Follower:
             self._connection.probe()
         self._probing = asyncio.get_running_loop().call_later(every, self._keep_probing)
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

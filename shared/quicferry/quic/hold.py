@@ -74,6 +74,13 @@ def adopt(udp: MigratableUDP) -> handover.Adopted | None:
     return adopted
 
 
+def agent_waits(udp: MigratableUDP) -> bool:
+    """Whether the berth's agent listens for the server: a migration is under way here."""
+    with contextlib.suppress(FerryError), _connect(handover.socket_name(udp.port)):
+        return True
+    return False
+
+
 def _park(udp: MigratableUDP, name: str, line: bytes, stillness: Stillness) -> None:
     """Hand the socket over and stand still."""
     with _connect(name) as agent:
@@ -90,7 +97,8 @@ def _park(udp: MigratableUDP, name: str, line: bytes, stillness: Stillness) -> N
             udp.adopt(sock)
             raise FerryError("hold_refused", f"The berth's agent did not take the socket: {error}.") from None
         except FerryError:
-            agent.sendall(handover.CALLED_OFF)
+            with contextlib.suppress(OSError):
+                agent.sendall(handover.CALLED_OFF)
             udp.adopt(sock)
             raise
 
@@ -119,12 +127,14 @@ def _socket_back(name: str, migration: str, stillness: Stillness) -> tuple[hando
 
 
 def _connect(name: str) -> socket.socket:
-    agent = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    agent.settimeout(handover.TIMEOUT)
+    agent = None
     try:
+        agent = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        agent.settimeout(handover.TIMEOUT)
         agent.connect(name)
     except OSError as error:
-        agent.close()
+        if agent is not None:
+            agent.close()
         raise FerryError(
             "hold_refused",
             f"Nobody takes the socket over: {error.strerror or error}.",

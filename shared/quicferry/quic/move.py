@@ -65,7 +65,7 @@ class Move:
         if client.name not in self.told or client.name in self.acked or client.name in self.refused:
             return None
         if ack.refused:
-            self.refused[client.name] = ack.refused
+            self.refused[client.name] = ack.refused[: control.MAX_REFUSAL]
         else:
             self.acked.add(client.name)
         self._look()
@@ -88,8 +88,17 @@ class Move:
 
     def gone(self, client: Client) -> None:
         """A connection ended; nobody waits for it any more."""
-        self.told.pop(client.name, None)
-        self._look()
+        if self.told.get(client.name) is client:
+            del self.told[client.name]
+            self._look()
+
+    @property
+    def refused_by_all(self) -> str:
+        """Why the target's address can't be right, in a client's words: each of them refused it; otherwise empty."""
+        reasons = [self.refused.get(name, "") for name in self.told]
+        if not all(reason and not reason.startswith(control.OUTDATED) for reason in reasons):
+            return ""
+        return next(iter(reasons), "")
 
     async def all_acked(self) -> None:
         """Wait for every client's ack, ``ack_timeout_ms`` from now at most."""

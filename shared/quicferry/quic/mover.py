@@ -72,6 +72,8 @@ class Mover:
         self._on_resume = on_resume
         self._armed: ArmRequest | None = None
         self._disarm: asyncio.TimerHandle | None = None
+        self._lapsed = False
+        """The last arming ran out, and nobody called it off."""
         self._move: Move | None = None
         self._task: asyncio.Task[None] | None = None
         self._joined = asyncio.Event()
@@ -118,6 +120,9 @@ class Mover:
         if self._migrate_to is not None:
             self._start(Move(f"sigterm-{secrets.token_hex(6)}", self._migrate_to, 0, Options(), by_hand=True))
             return True
+        if self._lapsed and hold.agent_waits(self._server.udp):
+            log.warning("sigterm_ignored", reason="the arming has run out, but an agent waits for the socket still")
+            return True
         return False
 
     def wake(self) -> None:
@@ -150,8 +155,9 @@ class Mover:
             self._move.tell(client)
 
     def gone(self, client: ServedConnection) -> None:
-        if self._move is not None:
-            self._move.gone(client)
+        for move in (self._move, *self._past.values()):
+            if move is not None:
+                move.gone(client)
 
     def acked(self, client: ServedConnection, ack: Ack) -> bool:
         move = self._known(ack.id)
@@ -217,6 +223,12 @@ class Mover:
             await faults.at("server.told")
             await self._hear_newcomers()
             await asyncio.gather(move.all_acked(), move.all_ready(), self._quiesce(move))
+            if why := move.refused_by_all:
+                raise FerryError(
+                    "hold_refused",
+                    f"Every client refuses to go to {move.target.host}: {why}.",
+                    hint="The target berth's address must be one that clients reach.",
+                )
             await faults.at("server.quiesced")
             closed = self._close_those_left_behind(move)
             log.info("quiesced", id=move.id, acks=len(move.acked), clients=len(move.names), closed=closed)
@@ -235,9 +247,10 @@ class Mover:
             await faults.at("server.holding")
             move.held = True
             back = hold.hold(self._server.udp, move.id)
-        except FerryError as error:
+        except (FerryError, OSError) as error:  # OSError: no descriptor is left for the hold
             move.held = False
-            log.error("move_called_off", id=move.id, code=error.code, reason=str(error))
+            code = error.code if isinstance(error, FerryError) else "hold_refused"
+            log.error("move_called_off", id=move.id, code=code, reason=str(error))
             self._tell_rollback(move)
             self._spawn(self._outbox.resume())
             await self._resumed(move, "rolled_back")
@@ -343,6 +356,7 @@ class Mover:
 
     def _set_armed(self, request: ArmRequest | None) -> None:
         self._armed = request
+        self._lapsed = False
         if self._disarm is not None:
             self._disarm.cancel()
             self._disarm = None
@@ -350,8 +364,12 @@ class Mover:
             # An arming nobody followed up must not turn a later `podman stop` into a move. Long after the
             # coordinator has called it off itself: a SIGTERM that finds us unarmed ends the server.
             self._disarm = asyncio.get_running_loop().call_later(
-                ARMED_TIME + request.options.phase_timeout_ms / 1000, self._call_off, request.id
+                ARMED_TIME + request.options.phase_timeout_ms / 1000, self._lapse, request.id
             )
+
+    def _lapse(self, migration: str) -> None:
+        self._call_off(migration)
+        self._lapsed = True
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -42,6 +42,8 @@ class SwappablePeer(UdpEndpoint):
         self.heard_at_unix = time.time()
         self.sent_at = 0.0
         self.on_target_heard: Callable[[], None] | None = None
+        self.speaking: Peer | None = None
+        """Who sent the datagram that QUIC was handed last."""
         self._deliver = deliver
         self._lingering: list[socket.socket] = []
         super().__init__(sock)
@@ -110,6 +112,7 @@ class SwappablePeer(UdpEndpoint):
             old.close()
 
     def _arrived(self, data: bytes, peer: Peer) -> None:
+        self.speaking = peer
         if peer == self.peer:
             at, at_unix = time.monotonic(), time.time()
             if self._deliver(data, FAKE_PEER) and peer == self.peer:
