@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import structlog
+
 from quicferry import quiet
 from quicferry.bus.agent import Step
 from quicferry.host.podman import Podman
@@ -15,6 +17,8 @@ from quicferry.protocol.agents import AgentRequest
 from quicferry.protocol.api import Berth
 from quicferry.protocol.errors import FerryError
 from quicferry.protocol.events import AnyEvent
+
+log = structlog.get_logger(__name__)
 
 Events = AsyncGenerator[AnyEvent, None]
 
@@ -75,8 +79,11 @@ class CheckpointSteps:
 
     async def close(self) -> None:
         """Let go of everything: what can't be committed yet is thawed and served on, the rest stays mute."""
-        for source in self._sources.values():
-            await source.shut_down()
+        for migration, source in self._sources.items():
+            try:
+                await source.shut_down()
+            except (FerryError, OSError) as error:  # the others are to be served on all the same
+                log.error("source_not_given_back", id=migration, reason=str(error))
         self._sources.clear()
 
     def _source(self, request: AgentRequest) -> Source:

@@ -203,6 +203,10 @@ class CriuSession:
             for child in children(self._criu.pid):
                 with contextlib.suppress(ProcessLookupError):
                     found.append(Process(child))
+            if not self._criu.alive:  # its PID may be another process's by now, and the children that one's
+                for process in found:
+                    process.close()
+                return []
         return found
 
     async def finish(self, ok: bool, *, until: str = "", timeout: float) -> None:

@@ -21,6 +21,8 @@ from quicferry.host.processes import Process
 MARK: Final = "/quicferry-heap (deleted)"
 """How the mapping of FILE_NAME in heap.c ends in proc_pid_maps(5), in whichever mount namespace."""
 
+LOOKS: Final = 3
+"""A server that serves may divide the mapping between two looks at it."""
 HUGE_PAGE: Final = 2 << 20
 COLLAPSE_SECONDS: Final = 1.0
 """Most time that one migration spends on making huge pages; what is left then is the next one's."""
@@ -53,10 +55,13 @@ class Heap:
     @classmethod
     def of(cls, pid: int) -> Heap | None:
         """The heap of process ``pid``; None if its heap is private or it is gone. Needs CAP_CHECKPOINT_RESTORE."""
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
-                found = next((line.split() for line in maps if " rw-s " in line and line.rstrip().endswith(MARK)), [])
-            if found:
+        for _ in range(LOOKS):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+                    ours = (line.split() for line in maps if " rw-s " in line and line.rstrip().endswith(MARK))
+                    found = next(ours, None)
+                if found is None:
+                    return None
                 # proc_pid_maps(5): range, permissions, offset into the file
                 base = int(found[0].partition("-")[0], 16) - int(found[2], 16)
                 return cls(os.open(f"/proc/{pid}/map_files/{found[0]}", os.O_RDWR | os.O_CLOEXEC), base)

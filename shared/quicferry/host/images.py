@@ -61,6 +61,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The boot that the clocks in the images belong to."""
     heap: str = ""
     """CRIU's name for the shared heap, which is not in the images; empty if all memory is."""
+    nice: Annotated[int, msgspec.Meta(ge=-20, le=19)] = 0
+    """The server's own priority (getpriority(2))."""
 
 
 class Images:
@@ -187,8 +189,11 @@ class Images:
 
     def pages(self) -> int:
         """Memory pages in the images themselves; pages of a parent image do not count."""
-        page = os.sysconf("SC_PAGE_SIZE")
-        return sum(file.stat().st_size for file in self.path.glob("pages-*.img")) // page
+        total = 0
+        for file in self.path.glob("pages-*.img"):
+            with contextlib.suppress(FileNotFoundError):  # the migration was called off meanwhile
+                total += file.stat().st_size
+        return total // os.sysconf("SC_PAGE_SIZE")
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Raises FerryError ``machine_unfit`` if there is no room for it, and as :meth:`open`."""

@@ -33,6 +33,7 @@ SO_MEMINFO: Final = 55
 QUEUE_BYTES: Final = 8 * 1024 * 1024
 """Receive buffer of a parked socket: all that clients send during the pause must fit."""
 BACKLOG: Final = 8
+ACCEPT_AGAIN: Final = 0.05
 DUE_SOCKETS: Final = 1
 """With one line; a peer that sends more is refused before it fills our table of descriptors."""
 _UCRED: Final = struct.Struct("iII")
@@ -212,8 +213,7 @@ class Dock:
     async def close(self) -> None:
         """Stop listening and close the socket held, if it was not handed out. Safe to repeat."""
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.gather(self._task, return_exceptions=True)
         self._listener.close()
         self._drop()
 
@@ -231,6 +231,10 @@ class Dock:
                 if self._stopped:
                     return
                 await readable(self._listener)
+                continue
+            except OSError as error:  # no descriptor left
+                log.warning("handover_failed", port=self._port, error=str(error))
+                await asyncio.sleep(ACCEPT_AGAIN)
                 continue
             with connection:
                 connection.setblocking(False)

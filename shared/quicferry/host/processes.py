@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -17,9 +18,15 @@ LOOKS: Final = 10
 """How often a list of children may change while it is read; then every process is asked for its parent instead."""
 NICE: Final = -10
 """See setpriority(2)."""
+RESUMED_NICE: Final = NICE - 5
+"""Of a server that has clients waiting: before us and CRIU, who go before others."""
 SERVER_PID: Final = 5000
 """The PID a server has inside its berth: high, so that it is free in any other berth."""
 STREAMS: Final = (0, 1, 2)
+
+
+IN_BETWEEN: Final = 2.0
+"""Most seconds that a server takes to park or to adopt, all threads halted (HALT_SECONDS in heap.c)."""
 
 
 class Process:
@@ -31,7 +38,6 @@ class Process:
     def __init__(self, pid: int) -> None:
         """Raises ProcessLookupError if there is no such process."""
         self.pid = pid
-        self._nice: int | None = None
         self._fd = os.pidfd_open(pid)
         try:
             self.berth_pid = namespace_pid(pid)
@@ -63,14 +69,16 @@ class Process:
             return False
         return True
 
-    def hurry(self, on: bool = True) -> None:
-        """Let it go before us and CRIU, who go before others; switched off it has its own priority again."""
+    def nice(self) -> int:
+        """Its priority, see getpriority(2); 0 if it is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            return os.getpriority(os.PRIO_PROCESS, self.pid)
+        return 0
+
+    def set_nice(self, nice: int) -> None:
+        """Without CAP_SYS_NICE it stays as it is, and so if it is gone."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if on:
-                self._nice = os.getpriority(os.PRIO_PROCESS, self.pid)
-                os.setpriority(os.PRIO_PROCESS, self.pid, NICE - 5)
-            elif self._nice is not None:
-                os.setpriority(os.PRIO_PROCESS, self.pid, self._nice)
+            os.setpriority(os.PRIO_PROCESS, self.pid, nice)
 
     @property
     def alive(self) -> bool:
@@ -263,11 +271,28 @@ def is_held(pid: int) -> bool:
     being waited for (sigtimedwait(2)) as not blocked: then it is the wait itself that tells.
     """
     try:
-        blocked = int(_field(f"/proc/{pid}/status", "SigBlk", "0"), 16) & (1 << (signal.SIGUSR2 - 1))
-        waits = bool(blocked) or "sigtimedwait" in _read(f"/proc/{pid}/wchan")
+        waits = _blocks_wake(pid) or "sigtimedwait" in _read(f"/proc/{pid}/wchan")
         return waits and not udp_sockets(pid)
     except ProcessLookupError:
         return False
+
+
+async def stands_still(pid: int) -> bool:
+    """The same, but a server that is neither still nor serving is looked at again, for IN_BETWEEN at most.
+
+    It may be parking or adopting, and then it has a socket and blocks the signal; or its wait was just over and is
+    about to begin anew, as it is every few milliseconds where threads of its own may take the signal.
+    """
+    end = time.monotonic() + IN_BETWEEN
+    while not is_held(pid):
+        try:
+            serves = bool(udp_sockets(pid)) and not _blocks_wake(pid)
+        except ProcessLookupError:
+            return False
+        if serves or time.monotonic() > end:
+            return False
+        await asyncio.sleep(0.002)  # nothing announces it
+    return True
 
 
 def udp_sockets(pid: int) -> list[str]:
@@ -285,6 +310,10 @@ def udp_sockets(pid: int) -> list[str]:
         lines = _read(f"/proc/{pid}/net/{table}").splitlines()[1:]
         inodes += [line.split()[9] for line in lines]
     return [inode for inode in inodes if f"socket:[{inode}]" in links]
+
+
+def _blocks_wake(pid: int) -> bool:
+    return bool(int(_field(f"/proc/{pid}/status", "SigBlk", "0"), 16) & (1 << (signal.SIGUSR2 - 1)))
 
 
 def _read(path: str) -> str:

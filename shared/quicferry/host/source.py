@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import time
 from pathlib import Path
@@ -67,7 +66,10 @@ class Source:
         if server is None:
             raise FerryError("server_gone", f"No server runs in berth {berth.name}.")
         self._server = server
-        rss = processes.rss_bytes(server.pid)
+        try:
+            rss = processes.rss_bytes(server.pid)
+        except ProcessLookupError:
+            raise FerryError("server_gone", "The server has just exited.") from None
         self._heap = Heap.of(server.pid)
         shared = self._heap.size_bytes if self._heap is not None else 0
         huge = await self._heap.collapse(server, limit=self._phase / 4) if self._heap is not None else 0
@@ -116,7 +118,8 @@ class Source:
         limit = (options.ack_timeout_ms + options.quiesce_timeout_ms) / 1e3 + HOLD_MARGIN
         self._pipes = processes.outer_pipes(server.pid)
         heap = self._heap.key if self._heap is not None else ""
-        self._images.write_manifest(Manifest(pipes=self._pipes, boot_id=boot_id(), heap=heap))
+        manifest = Manifest(pipes=self._pipes, boot_id=boot_id(), heap=heap, nice=server.nice())
+        self._images.write_manifest(manifest)
         self._images.tell(DESCRIBED)
         await faults.at("source.dump_asked")
         start = time.monotonic()
@@ -186,7 +189,10 @@ class Source:
         return dumped
 
     async def release(self) -> events.SourceGone:
-        """After the commit: kill the frozen source. Safe to repeat. Raises FerryError ``criu_failed``."""
+        """After the commit: kill the frozen source. Safe to repeat.
+
+        Raises FerryError ``criu_failed``, ``phase_timeout``, ``podman_unreachable``.
+        """
         frozen_ms = None
         try:
             if self._criu is not None and self._server is not None:
@@ -283,19 +289,23 @@ class Source:
         if criu.withheld == "post-dump":
             await criu.finish(True, timeout=self._phase)
         if not await server.exited(EXIT_TIMEOUT):
-            await server.kill()
+            await _kill(server)
         stats = criu_stats.read_dump(criu.work_fd)
         # CRIU's clock ran on while its notification was withheld.
         return ms(stats.frozen - withheld) if stats is not None else None
 
     async def _kill_held(self) -> None:
-        with contextlib.suppress(FerryError):  # no berth, no source
+        try:
             _, server = await self._find_left()
-            if server is not None:
-                with server:
-                    # A server that serves is not this migration's source: that one can't send any more.
-                    if processes.is_held(server.pid):
-                        await server.kill()
+        except FerryError as error:
+            if error.code != "berth_gone":
+                raise
+            return  # no berth, no source
+        if server is not None:
+            with server:
+                # A server that serves is not this migration's source: that one can't send any more.
+                if await processes.stands_still(server.pid):
+                    await _kill(server)
 
     async def _thaw(self) -> None:
         await self._end_dump()
@@ -323,7 +333,7 @@ class Source:
             await self._dock.close()
             self._dock = None
         if udp is None:
-            if not processes.is_held(self._server.pid):
+            if not await processes.stands_still(self._server.pid):
                 return
             # Its socket died with the agent that kept it: a new one on the same port does as well.
             udp = bind_parked(self._berth.init_pid, self._berth.port)
@@ -349,6 +359,11 @@ class Source:
             raise FerryError(
                 "hold_refused", f"The thawed server did not take its socket back within {ADOPT_TIMEOUT:g} s."
             ) from None
+
+
+async def _kill(server: Process) -> None:
+    if not await server.kill():
+        raise FerryError("phase_timeout", f"The source, PID {server.pid}, was sent SIGKILL and has not ended.")
 
 
 def ms(seconds: float) -> float:

@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 OUTPUTS: Final = (1, 2)
 """The berth's own standard streams that a restored server's pipes are connected to."""
 RESTORE_BEGUN: Final = "restore-begun"
+WOKEN: Final = "woken"
+"""From then on the copy may have written to a shared heap, which is then no longer that of its images."""
 SOCKET_GIVEN: Final = "socket-given"
 """From then on the copy may have sent: its images must not be restored again, or packet numbers were used twice."""
 REAP_SECONDS: Final = 1.0
@@ -87,7 +89,7 @@ class Target:
         await self._find_source()
         taken = thread_ids.of(self._source.pid) if self._source is not None else []
         await thread_ids.continue_at(berth.init_pid, thread_ids.free_range(self._request.epoch, taken))
-        outputs = [os.open(f"/proc/{berth.init_pid}/fd/{number}", os.O_WRONLY | os.O_CLOEXEC) for number in OUTPUTS]
+        outputs = _outputs(berth.init_pid)
         streams = [*outputs, self._heap.fd] if self._heap is not None else outputs
         try:
             self._criu = await CriuSession.start(
@@ -230,11 +232,12 @@ class Target:
                 address=place.address,
                 epoch=self._request.epoch,
             ),
-            giving=self._note_giving,
+            giving=lambda: self._note(SOCKET_GIVEN),
         )
         await faults.at("target.resuming")
         queued = dock.queued_bytes
-        server.hurry()
+        server.set_nice(processes.RESUMED_NICE)
+        self._note(WOKEN)
         # Before it runs: held, it blocks the signal and finds it waiting, a round trip to CRIU sooner.
         if not server.signal(signal.SIGUSR2):
             raise FerryError("server_gone", "The restored server is gone.", hint="The berth's log says why.")
@@ -261,7 +264,7 @@ class Target:
     async def leave(self) -> None:
         """The target serves: end CRIU, and the berth's init has the server for a child. Safe to repeat."""
         if self._server is not None:
-            self._server.hurry(False)
+            self._calm(self._server)
             self._log.info("target_serves", pid=self._server.pid)
         if self._criu is not None and self._criu.withheld:
             await self._criu.finish(True, timeout=self._phase)
@@ -322,8 +325,11 @@ class Target:
 
     async def _find_source(self) -> None:
         """Get hold of the server at the source and of its shared heap; nothing changes once they have been found."""
-        if self._source is not None:
+        if self._heap is not None:
             return
+        if self._source is not None:
+            self._source.close()
+            self._source = None
         try:
             berth = await self._podman.berth(self._request.source.berth)
             self._source = processes.occupant(berth.init_pid)
@@ -348,18 +354,27 @@ class Target:
         return self._dock
 
     async def _drop_the_dead(self) -> None:
-        """A copy that died before it had its socket is to be restored once more; the socket waits, queue and all."""
-        if self._server is None or self._server.alive:
+        """A copy that died before it had its socket is to be restored once more; the socket waits, queue and all.
+
+        So is one that a restore has not brought about: its CRIU must not be there when the next one is asked for.
+        """
+        if self._server is not None and self._server.alive:
             return
         if self._criu is not None:
             await self._criu.kill_restored()
             self._criu = None
-        self._server.close()
-        self._server = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
-    def _note_giving(self) -> None:
+    def _note(self, mark: str) -> None:
         with contextlib.suppress(OSError):  # a full tmpfs: rather without the note than without a server
-            self._images.mark(SOCKET_GIVEN)
+            self._images.mark(mark)
+
+    def _calm(self, server: Process) -> None:
+        """It serves, and has its own priority again."""
+        with contextlib.suppress(FerryError):  # no images: then it serves for long
+            server.set_nice(self._images.manifest().nice)
 
     async def _catch_up(self) -> None:
         """Bring a fresh object to where resume begins; without a server if the target serves, or has served."""
@@ -369,15 +384,22 @@ class Target:
         if server is None and self._images.marked(SOCKET_GIVEN):
             self._log.warning("target_ended", reason="it had its socket, and its images are not restored again")
         elif server is None:
+            if self._images.marked(WOKEN) and self._images.manifest().heap:
+                raise FerryError(
+                    "heap_gone",
+                    "The restored server died between waking and serving, and may have changed its shared heap.",
+                    hint="Start a new server in a berth of the service.",
+                )
             await self.prepare()
             await self.restore()
             await self.stand_by()
-        elif processes.is_held(server.pid):
+        elif await processes.stands_still(server.pid):
             # CRIU let it go when the agent died; the socket and its queue died too, so a new one it is.
             self._server = server
             (await self._dock_in(berth)).expect(server.pid)
         else:
-            server.close()
+            with server:
+                self._calm(server)
 
     async def _clear_berth(self) -> None:
         if self._berth is None:
@@ -406,6 +428,18 @@ class Target:
             f"Berth {self._request.target.berth} still holds what was restored.",
             hint="Restart the berth.",
         )
+
+
+def _outputs(init_pid: int) -> list[int]:
+    """The berth's own OUTPUTS, opened."""
+    found: list[int] = []
+    try:
+        found.extend(os.open(f"/proc/{init_pid}/fd/{number}", os.O_WRONLY | os.O_CLOEXEC) for number in OUTPUTS)
+    except OSError as error:
+        for fd in found:
+            os.close(fd)
+        raise FerryError("berth_gone", f"The berth's output can't be opened: {error}.") from None
+    return found
 
 
 async def _pid_freed(berth: BerthFacts) -> bool:

@@ -123,7 +123,8 @@ def _socket_back(name: str, migration: str, stillness: Stillness) -> tuple[hando
                     log.error("adopt_failed", id=migration, code=error.code, reason=error.message)
                     break
                 time.sleep(0.005)
-        stillness.wait()
+        with contextlib.suppress(FerryError):  # a thread can't be halted: still mute, and still asking
+            stillness.wait()
 
 
 def _connect(name: str) -> socket.socket:
