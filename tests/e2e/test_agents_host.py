@@ -12,7 +12,8 @@ import pytest
 from quicferry.host import processes, source
 from quicferry.host.parking import bind_parked
 from quicferry.host.podman import Podman
-from quicferry.host.target import Target
+from quicferry.host.source import Source
+from quicferry.host.target import WOKEN, Target
 from quicferry.protocol.errors import FerryError
 from tests.e2e.berths import (
     ECHO,
@@ -226,6 +227,68 @@ async def test_a_target_whose_restored_process_is_gone_is_restored_again(port: H
         await ends.source.close()
     with EchoClient() as client:
         assert await client.ask(there, "from the images") == 1
+
+
+async def test_a_second_restore_that_fails_is_not_in_the_way_of_the_third(
+    port: Harbour, podman: Podman, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    ends = Ends(port, podman, here, there)
+    await die(port, podman, ends.request, "restored")
+    with processes.Process(occupant_pid(there)) as lost:
+        assert await lost.kill()
+
+    def full(**_: bool) -> bytes:
+        raise FerryError("machine_unfit", "No room.")
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(ends.target._images, "fill_view", full)
+            with pytest.raises(FerryError) as caught:
+                await ends.resume()
+        assert caught.value.code == "machine_unfit"
+        await ends.resume()
+        await ends.source.release()
+    finally:
+        await ends.target.close()
+        await ends.source.close()
+    with EchoClient() as client:
+        assert await client.ask(there, "at the third") == 1
+
+
+async def test_a_copy_that_may_have_changed_its_heap_is_not_restored_onto_it(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    ends = Ends(port, podman, here, there)
+    await die(port, podman, ends.request, "restored")
+    with processes.Process(occupant_pid(there)) as lost:
+        assert await lost.kill()
+    try:
+        ends.target._note(WOKEN)
+        with pytest.raises(FerryError) as caught:
+            await ends.resume()
+        assert caught.value.code == "heap_gone"
+        assert processes.occupant(there.init_pid) is None
+    finally:
+        await ends.target.close()
+        await ends.source.close()
+
+
+async def test_a_source_that_cannot_be_looked_for_is_not_told_as_gone(port: Harbour, podman: Podman) -> None:
+    here, there = await port.berth("a", ECHO), await port.berth("b")
+    ends = Ends(port, podman, here, there)
+    await die(port, podman, ends.request, "restored")
+    silent = Source(Podman(f"unix://{port.images}/nobody.sock"), port.images, ends.request)
+    try:
+        await ends.resume()
+        with pytest.raises(FerryError) as caught:
+            await silent.release()
+        assert caught.value.code == "podman_unreachable"
+        assert processes.occupant(here.init_pid) is not None
+        await ends.source.release()
+        assert processes.occupant(here.init_pid) is None
+    finally:
+        await ends.target.close()
+        await ends.source.close()
 
 
 async def test_a_copy_that_dies_before_it_has_its_socket_is_restored_into_the_same_dock(

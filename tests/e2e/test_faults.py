@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest_asyncio
 import structlog
+from msgspec import structs
 
 from quicferry import faults
 from quicferry.protocol import events as ev
@@ -23,6 +24,8 @@ from tests.faults.walk import Row, walk
 from tests.faults.world import OPTIONS, World, world
 
 DONE_AGAIN = 2
+PATIENT = structs.replace(OPTIONS, phase_timeout_ms=20_000)
+"""For moves that no limit is to end."""
 NO_STEPS = {"asked.quicferry.services", "answer.quicferry.services", "coordinator.write.decision.failed"}
 """Passed, and no part of a move."""
 
@@ -44,7 +47,7 @@ async def test_every_point_that_is_passed_is_in_the_matrix_and_the_other_way_rou
         if fails_at:
             (broken_world.planted / fails_at).write_text("error")
         migration = f"passing-{number}"
-        await broken_world.ask(MigrateRequest(service="echo", id=migration, options=OPTIONS))
+        await broken_world.ask(MigrateRequest(service="echo", id=migration, options=PATIENT))
         ends.append(outcome(await broken_world.ended(migration)))
     assert ends == ["completed", "rolled_back: internal", "rolled_back: internal", "completed"]
     await broken_world.serves("echo")
@@ -59,7 +62,7 @@ async def test_a_server_that_parks_too_late_gets_its_socket_back_from_the_next_m
     home = broken_world.berths[broken_world.home("echo")]
     async with broken_world.client() as client:
         (broken_world.faults_in(home) / "server.holding").write_text("stop")
-        await broken_world.ask(MigrateRequest(service="echo", id="first", options=OPTIONS))
+        await broken_world.ask(MigrateRequest(service="echo", id="first", options=PATIENT))
         pid = await stopped(lambda: home.server_pid)
         await broken_world.cancel("first")
         assert outcome(await broken_world.ended("first")) == "rolled_back: cancelled"
@@ -70,7 +73,7 @@ async def test_a_server_that_parks_too_late_gets_its_socket_back_from_the_next_m
         assert await tidy(broken_world, "echo") == []
         await client.echoes(20)
         await broken_world.serves("echo")
-        await broken_world.ask(MigrateRequest(service="echo", id="third", options=OPTIONS))
+        await broken_world.ask(MigrateRequest(service="echo", id="third", options=PATIENT))
         assert outcome(await broken_world.ended("third")) == "completed"
         await client.echoes(20)
         client.check()
@@ -84,7 +87,7 @@ async def test_a_client_that_stands_still_through_two_moves_finds_its_server(bro
         process.send_signal(signal.SIGSTOP)
         for berth in ("echo-b", "echo-c"):
             await broken_world.serves("echo")
-            await broken_world.ask(MigrateRequest(service="echo", id=berth, to=berth, options=OPTIONS))
+            await broken_world.ask(MigrateRequest(service="echo", id=berth, to=berth, options=PATIENT))
             assert outcome(await broken_world.ended(berth)) == "completed"
         process.send_signal(signal.SIGCONT)
 

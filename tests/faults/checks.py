@@ -17,7 +17,7 @@ from tests.e2e.berths import PORT
 from tests.e2e.moving import Datagram
 from tests.faults.world import World
 
-TIDY_SECONDS: Final = 10.0
+TIDY_SECONDS: Final = 30.0
 """For what is cleared up behind a migration's end."""
 LOOK: Final = 0.05
 
@@ -73,6 +73,10 @@ async def tidy(
         await asyncio.sleep(LOOK)
 
 
+def _nice(pid: int) -> int:
+    return os.getpriority(os.PRIO_PROCESS, pid)
+
+
 async def _left(world: World, service: str, *, server: bool, ids: str) -> list[str]:
     wrong: list[str] = []
     serving = 0
@@ -87,6 +91,8 @@ async def _left(world: World, service: str, *, server: bool, ids: str) -> list[s
                 wrong.append(f"{berth.name}: a server that stands still")
             elif pid:
                 serving += 1
+            if pid and _nice(pid) != _nice(berth.init_pid):
+                wrong.append(f"{berth.name}: its server has the priority of one that clients wait for")
             if (ports := berth.udp_ports()) != bool(pid):
                 wrong.append(f"{berth.name}: {ports} UDP sockets on the service's port")
             if berth.listeners():

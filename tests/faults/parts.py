@@ -32,6 +32,8 @@ class Program:
         self.starts = 0
         self._environment = environment
         self._process: asyncio.subprocess.Process | None = None
+        self._begins = 0
+        """Where in the log the present life begins."""
         self._wanted = False
         self._task: asyncio.Task[None] | None = None
 
@@ -48,12 +50,15 @@ class Program:
     async def _supervise(self) -> None:
         while self._wanted:
             with self.log.open("ab") as output:
+                self._begins = output.tell()
                 self._process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-m", f"services.{self.name}"),
                     cwd=PROJECT,
                     env=self._environment,
                     stderr=output,
                 )
+            if not self._wanted:
+                self._process.kill()
             self.starts += 1
             await self._process.wait()
 
@@ -64,8 +69,18 @@ class Program:
                 await asyncio.sleep(LOOK)
 
     def _said_ready(self) -> bool:
-        said = self.log.read_text(encoding="utf-8").rpartition(" starting ")[2]
+        with self.log.open("rb") as log:
+            log.seek(self._begins)
+            said = log.read().decode(errors="replace")
         return any(f" {word} " in said for word in (READY[self.name], "standing_by"))
+
+    async def anew(self) -> None:
+        """End it whatever it does, and wait for the next life."""
+        starts = self.starts
+        if pid := self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await self.ready(starts + 1)
 
     async def close(self, number: signal.Signals = signal.SIGKILL) -> None:
         self._wanted = False

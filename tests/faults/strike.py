@@ -22,6 +22,8 @@ from tests.faults.world import World
 
 STANDS_STILL: Final = 2.6
 """Seconds that a stopped process stays stopped: longer than a phase's limit, and than the coordinator's lease."""
+BEHIND_SECONDS: Final = 2.0
+"""For points that lie behind the outcome."""
 KILLED_FOR_MEMORY: Final = ("server killed for memory", "target killed for memory")
 
 
@@ -73,8 +75,15 @@ class Strike(msgspec.Struct, frozen=True, kw_only=True):
 
     async def _look_on(self) -> None:
         with contextlib.suppress(FerryError):
-            if outcome(await self.world.events(self.migration)) != "none" and self._planted.exists():
-                raise NotReachedError
+            if outcome(await self.world.events(self.migration)) == "none":
+                return
+            end = asyncio.get_running_loop().time() + BEHIND_SECONDS
+            while self._planted.exists():
+                if asyncio.get_running_loop().time() > end:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._planted.unlink()  # whoever takes it away has it
+                        raise NotReachedError
+                await asyncio.sleep(LOOK)
 
     @property
     def _berth(self) -> Berth:

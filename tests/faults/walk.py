@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import secrets
 import shutil
-import signal
+import subprocess
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
@@ -27,6 +27,8 @@ from tests.faults.world import OPTIONS, World
 
 SERVICE: Final = "echo"
 TRIES: Final = 3
+TROUBLE: Final = (TimeoutError, FerryError, AssertionError, OSError, subprocess.SubprocessError)
+"""What costs a case, and not the walk."""
 ECHO_SECONDS: Final = 20.0
 
 
@@ -51,6 +53,7 @@ class Walk:
         self._stack = stack
         self._client: Pinger | None = None
         self._session = contextlib.AsyncExitStack()
+        self._mark = secrets.token_hex(3)
         self._number = 0
         self.sessions = 0
 
@@ -84,17 +87,19 @@ class Walk:
             await self.client()
             async with self._car(case) as process:
                 result, wrong, seen = await self._with_fault(case, process)
-        except (TimeoutError, FerryError, AssertionError, OSError) as error:
+        except TROUBLE as error:
             wrong.append(f"{type(error).__name__}: {error}")
         except NotReachedError:
-            await self._repair()
+            with contextlib.suppress(*TROUBLE):  # the next try shows it
+                await self._repair()
             raise
         try:
             await self._repair()
             wrong += await self._clean_move()
-        except (TimeoutError, FerryError, AssertionError, OSError) as error:
+        except TROUBLE as error:
             wrong.append(f"the next migration: {type(error).__name__}: {error}")
-            await self._begin_anew()
+            with contextlib.suppress(*TROUBLE):  # the next case shows it
+                await self._begin_anew()
         return Row(
             point=case.shown,
             fault=case.fault,
@@ -117,10 +122,10 @@ class Walk:
         self, case: Case, process: asyncio.subprocess.Process | None
     ) -> tuple[str, list[str], list[str]]:
         world = self._world
-        home = world.home(SERVICE)
         before = (await world.serves(SERVICE)).epoch
+        home = world.home(SERVICE)
         self._number += 1
-        migration = f"case-{self._number}-{os.getpid()}"
+        migration = f"case-{self._number}-{self._mark}"
         starts = {name: program.starts for name, program in world.programs.items()}
         (away,) = (berth for berth in world.of(SERVICE) if berth.name != home)
         strike = Strike(world=world, case=case, migration=migration, home=world.berths[home], away=away, car=process)
@@ -132,6 +137,8 @@ class Walk:
                 await asking
             finally:
                 asking.cancel()
+            if case.fault in ("kill", "exit") and (struck := world.programs.get(case.who)):
+                await struck.ready(starts[case.who] + 1)
             for name, program in world.programs.items():
                 if program.starts != starts[name] or not program.pid:
                     await program.ready(starts[name] + 1)
@@ -150,10 +157,15 @@ class Walk:
         gone = not any(berth.server_pid for berth in world.of(SERVICE))
         may_go = kills_the_server(case)
         wrong = [] if may_go or not gone else ["the server is gone"]
-        for berth in world.of(SERVICE):
-            if not world.lives(berth):
-                await world.start_berth(berth.name, with_server=False)
-        wrong += await tidy(world, SERVICE, server=not gone)
+        left: list[str] = []
+        for _ in range(TRIES):  # a berth's init takes a moment to end behind its server
+            for berth in world.of(SERVICE):
+                if not world.lives(berth):
+                    await world.start_berth(berth.name, with_server=False)
+            left = await tidy(world, SERVICE, server=not gone)
+            if all(world.lives(berth) for berth in world.of(SERVICE)):
+                break
+        wrong += left
         if not gone:
             wrong += await self._serves_on(home, before, committed=committed, completed="decision.completed" in kinds)
         return wrong
@@ -189,10 +201,9 @@ class Walk:
     async def _repair(self) -> None:
         """As an operator would after a server's death: a new one, and the client dials again."""
         for folder in (self._world.planted, *(self._world.faults_in(berth) for berth in self._world.of(SERVICE))):
-            with contextlib.suppress(OSError):
-                for left in folder.iterdir():
-                    if left.name != faults.PASSED:
-                        left.unlink()
+            for left in folder.glob("*"):  # none where the berth is gone
+                if left.name != faults.PASSED:
+                    left.unlink(missing_ok=True)
         if await self._world.see_to_berths(SERVICE):
             await self.close()
 
@@ -206,10 +217,8 @@ class Walk:
                 await world.cancel(lock.id)
         for berth in world.of(SERVICE):
             await world.start_berth(berth.name, with_server=False)
-        for name in ("checkpoint_agent", "restore_agent"):
-            program = world.programs[name]
-            os.kill(program.pid, signal.SIGKILL)
-            await program.ready(program.starts + 1)
+        for program in world.programs.values():
+            await program.anew()
         for left in world.images.iterdir():
             shutil.rmtree(left, ignore_errors=True)
         await world.see_to_berths(SERVICE)
@@ -217,11 +226,11 @@ class Walk:
 
     async def _clean_move(self) -> list[str]:
         world = self._world
-        home = world.home(SERVICE)
         before = (await world.serves(SERVICE)).epoch
+        home = world.home(SERVICE)
         client = await self.client()
         self._number += 1
-        migration = f"next-{self._number}-{os.getpid()}"
+        migration = f"next-{self._number}-{self._mark}"
         end = asyncio.get_running_loop().time() + PATIENCE
         while True:
             try:

@@ -167,7 +167,7 @@ class World:
         berth.remember()
 
     async def remove_berth(self, name: str) -> None:
-        await asyncio.to_thread(podman, "rm", "-f", "-t", "0", f"{name}-{self.mark}")
+        await asyncio.to_thread(podman, "rm", "-f", "-t", "0", "--ignore", f"{name}-{self.mark}")
 
     def lives(self, berth: Berth) -> bool:
         return os.path.exists(f"/proc/{berth.init_pid}/ns/pid")

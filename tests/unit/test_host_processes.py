@@ -32,6 +32,7 @@ sys.stdin.readline()
 """
 
 
+POLLS = "pthread_sigmask(2, [])\nwhile signal.sigtimedwait({signal.SIGUSR2}, 0.001) is None: pass"
 NO_PROCESS = 2**22 + 1
 """More than PID_MAX_LIMIT (proc_sys_kernel(5))."""
 
@@ -101,6 +102,34 @@ async def test_held_means_waiting_for_the_signal_without_a_socket() -> None:
             while processes.is_held(made.pid):  # noqa: ASYNC110 - /proc announces nothing
                 await asyncio.sleep(0)
     assert not processes.is_held(made.pid)
+
+
+async def test_a_server_that_is_parking_will_stand_still() -> None:
+    async with child(HOLDS) as made:
+        assert made.stdin is not None
+        await line(made)
+        assert not processes.is_held(made.pid)
+        asyncio.get_running_loop().call_later(0.05, made.stdin.write, b"\n")
+        assert await processes.stands_still(made.pid)
+
+
+async def test_a_wait_that_is_over_every_few_milliseconds_is_one_wait() -> None:
+    """As of a server with threads and a private heap: between two waits nothing shows that it stands still."""
+    async with child(HOLDS.replace("sigwaitinfo({signal.SIGUSR2})", POLLS)) as made:
+        assert made.stdin is not None
+        await line(made)
+        made.stdin.write(b"\n")
+        await line(made)
+        for _ in range(300):
+            assert await processes.stands_still(made.pid)
+
+
+async def test_a_server_that_serves_does_not_stand_still() -> None:
+    code = "import socket; udp = socket.socket(2, 2); udp.bind(('127.0.0.1', 0)); print(1, flush=True); input()"
+    async with child(code) as made:
+        await line(made)
+        assert not await processes.stands_still(made.pid)
+    assert not await processes.stands_still(NO_PROCESS)
 
 
 async def test_only_pipes_are_outer_pipes() -> None:
