@@ -35,6 +35,7 @@
 #include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
+#define OWNER "QUICFERRY_HEAP_PID"       // the server's PID: a program that it starts inherits this library too
 #define FILE_NAME "/run/quicferry-heap" // /run is a tmpfs in a berth
 #define MOST (64UL << 30)               // bytes of address space; memory is taken as it is touched
 #define PAGE 4096UL
@@ -69,8 +70,11 @@ static char *place_for(size_t size) {
 }
 
 // If it can't be made, everything goes on with private memory. Only on a tmpfs: keys are in it, and a disk would keep them.
+// And only the server's own: a child's would be a second one, of which nobody tells CRIU.
 static void make(void) {
     tried = true;
+    const char *owner = getenv(OWNER);
+    if (owner != NULL && strtol(owner, NULL, 10) != getpid()) return;
     struct statfs place;
     int fd = open(FILE_NAME, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0) return;

@@ -155,6 +155,21 @@ async def test_threads_go_on_at_the_target(port: Harbour, podman: Podman) -> Non
             pass
 
 
+@pytest.mark.parametrize("heap", ["shared", "private"])
+async def test_a_program_that_the_server_started_comes_along(port: Harbour, podman: Podman, heap: str) -> None:
+    env = {"QUICFERRY_HEAP": heap, "ECHO_CHILD": "1"}
+    here, there = await port.berth("a", ECHO, env=env), await port.berth("b", env=env)
+    with EchoClient() as client:
+        async with Ends(port, podman, here, there) as ends:
+            before = processes.children(occupant_pid(here))
+            assert len(before) == 1
+            assert Heap.of(before[0]) is None
+            await ends.move()
+        assert await client.ask(there, "with it") == 1
+        assert len(processes.children(occupant_pid(there))) == 1
+        assert not processes.runs(before[0])
+
+
 async def test_a_thread_that_cannot_be_halted_refuses_the_hold(port: Harbour, podman: Podman) -> None:
     here, there = await port.berth("a", SERVER, env={"HEAP_DEAF": "1"}), await port.berth("b")
     async with Ends(port, podman, here, there) as ends:

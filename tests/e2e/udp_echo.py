@@ -2,7 +2,8 @@
 
 It answers each datagram with a running number, its PID and the datagram: a number that goes on after a move
 shows that the process was moved, not started. ECHO_BALLAST_MIB makes it larger; ECHO_STUBBORN=1 makes it ignore
-SIGTERM; ECHO_EXIT=1 makes it exit on SIGTERM, as a server that is not armed does.
+SIGTERM; ECHO_EXIT=1 makes it exit on SIGTERM, as a server that is not armed does; ECHO_CHILD=1 makes it start a
+program with a few megabytes of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from typing import Any
 
 PORT = 4242
@@ -85,6 +88,17 @@ def _stand_still(*closing: socket.socket) -> None:
         raise SystemExit(0)
 
 
+PROGRAM = "import os, time; kept = os.urandom(8 << 20); print(); os.close(1); time.sleep(3600)"
+
+
+def start_program() -> None:
+    null = subprocess.DEVNULL
+    program = subprocess.Popen([sys.executable, "-uc", PROGRAM], stdin=null, stdout=subprocess.PIPE, stderr=null)
+    assert program.stdout is not None
+    with program.stdout as said:
+        said.read()
+
+
 async def main() -> None:
     echo = Echo()
     loop = asyncio.get_running_loop()
@@ -94,4 +108,6 @@ async def main() -> None:
     await asyncio.Event().wait()
 
 
+if os.environ.get("ECHO_CHILD"):
+    start_program()
 asyncio.run(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -173,6 +174,7 @@ def test_the_heap_is_shared_unless_told_otherwise(setting: dict[str, str], heap_
     environment = dict(setting)
     berth_init.share_heap(environment)
     assert environment["PYTHONMALLOC"] == "malloc"
+    assert environment["QUICFERRY_HEAP_PID"] == str(os.getpid())
 
 
 @pytest.mark.usefixtures("heap_library")

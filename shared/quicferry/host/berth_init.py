@@ -35,6 +35,7 @@ DEFAULT_GRACE = 5.0
 
 HEAP_VARIABLE = "QUICFERRY_HEAP"
 SHARED, PRIVATE = "shared", "private"
+HEAP_OWNER = "QUICFERRY_HEAP_PID"
 HEAP_LIBRARY = "/usr/local/lib/libquicferry-heap.so"
 HEAP_MALLOC = "libmimalloc.so.3"
 
@@ -95,7 +96,7 @@ def _fork_at(pid: int) -> int:
 
 
 def share_heap(environment: MutableMapping[str, str]) -> None:
-    """Have the command preload the shared heap (containers/heap/heap.c), if it is here and wanted.
+    """Have this process's command preload the shared heap (containers/heap/heap.c), if it is here and wanted.
 
     Python's own allocator is set aside for the preloaded one: else only its arenas would be in the heap.
     """
@@ -110,6 +111,7 @@ def share_heap(environment: MutableMapping[str, str]) -> None:
         before = environment.get("LD_PRELOAD")
         environment["LD_PRELOAD"] = ":".join([HEAP_LIBRARY, HEAP_MALLOC, *([before] if before else [])])
         environment.setdefault("PYTHONMALLOC", "malloc")
+        environment[HEAP_OWNER] = str(os.getpid())
 
 
 def spawn(command: Sequence[str], pid: int) -> int:
