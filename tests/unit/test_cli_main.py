@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import subprocess
@@ -144,6 +145,22 @@ def test_a_log_without_its_request(command: str, tmp_path: Path, capsys: pytest.
 def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["events", "./not-there.jsonl"]) == Exit.ERROR
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["events", "replay"])
+def test_a_file_that_can_not_be_looked_for(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(path: Path, **_: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    assert main.main([command, "x" * 300]) == Exit.ERROR  # no file system has names so long
+    assert "code: file_refused" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "exists", denied)  # who is root may enter every folder
+    assert main.main([command, "locked/log.jsonl", "--nats", "nats://127.0.0.1:1"]) == Exit.ERROR
+    assert "locked/log.jsonl can't be read: Permission denied." in capsys.readouterr().err
+    assert main.main([command, "m1", "--nats", "nats://127.0.0.1:1"]) == Exit.ERROR  # it can still be an id
+    assert "code: nats_unreachable" in capsys.readouterr().err
 
 
 def test_a_defect_shows_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
