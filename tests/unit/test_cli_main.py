@@ -214,6 +214,24 @@ def test_standard_input(tmp_path: Path) -> None:
     assert run("replay", "-", input=text[:-20]).returncode == Exit.ERROR
 
 
+def test_standard_input_that_can_not_be_read(tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        from_folder = run("events", "-", stdin=folder)
+    finally:
+        os.close(folder)
+    closed = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m quicferry.cli.main events - <&-"],
+        text=True,
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    for done in (from_folder, closed):
+        assert (done.returncode, done.stdout) == (Exit.ERROR, "")
+        assert "code: file_refused" in done.stderr
+
+
 def test_version() -> None:
     done = run("--version")
     assert done.returncode == 0
