@@ -264,6 +264,19 @@ def test_the_project_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         project.directory(parse("up", "--project", str(other)))
 
 
+def test_a_project_that_can_not_be_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for nowhere in ("~nobody-of-that-name/x", str(tmp_path / "loop"), "x" * 300):
+        with pytest.raises(FerryError, match="is no quicferry project"):
+            project.directory(parse("up", "--project", nowhere))
+    monkeypatch.delenv("QUICFERRY_PROJECT", raising=False)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert project.directory(parse("up")) == ROOT
+
+
 def test_the_client_s_own_help() -> None:
     done = run("client", "--project", str(ROOT), "--", "--help")
     assert done.returncode == 0
