@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 import pytest_asyncio
 from msgspec.structs import replace
+from nats.aio.msg import Msg
 
+from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
 from quicferry.cli import logfile
@@ -327,6 +329,20 @@ async def test_no_coordinator(command: Command) -> None:
     assert done.code == Exit.ERROR
     assert "code: no_answer" in done.err
     assert "Is a coordinator running?" in done.err
+
+
+async def test_a_move_that_nobody_answered_may_have_been_asked_for(command: Command, bus: Bus) -> None:
+    async def hear(message: Msg) -> None:
+        heard.append(json.loads(message.data)["id"])
+
+    heard: list[str] = []
+    await bus.nats.subscribe("quicferry.migrate", cb=hear)
+    await bus.sync()
+    done = await command("migrate", "echo", "--detach")
+    assert (done.code, done.out) == (Exit.ERROR, "")
+    assert "code: no_answer" in done.err
+    [migration] = set(heard)
+    assert f"may have been heard all the same: `quicferry status {migration}` tells" in done.err
 
 
 async def test_flag_goes_before_context_goes_before_environment(command: Command, tmp_path: Path) -> None:
