@@ -214,6 +214,10 @@ async def test_it_stops_waiting_and_says_so(command: Command, node: Node) -> Non
     assert cancelled.code == 0
     watched = await command("migrate", "echo", "--id", "m1")
     assert watched.code == Exit.ROLLED_BACK
+    plain, as_json = await asyncio.gather(command("cancel", "m1"), command("cancel", "m1", "--json"))
+    assert plain.code == as_json.code == Exit.ROLLED_BACK
+    assert plain.out.startswith("m1 has ended, there is nothing to call off: rolled back\n")
+    assert as_json.result == {"id": "m1", "phase": "rolled_back"}
 
 
 @pytest.mark.usefixtures("coordinator")

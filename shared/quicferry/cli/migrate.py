@@ -258,5 +258,10 @@ async def _cancel(args: argparse.Namespace, out: Output) -> int:
         reply = await session.ask(bus, subjects.CANCEL, CancelRequest(id=args.id), CancelReply)
     if out.as_json:
         out.record({"result": reply})
+    if (ended := OUTCOMES.get(reply.phase)) is not None:
+        how = Cell(reply.phase.replace("_", " "), STYLES[reply.phase])
+        out.line(f"{reply.id} has ended, there is nothing to call off: ", how)
+        out.line(f"  why: quicferry status {reply.id}")
+        return ended
     out.line(f"asked to call off {reply.id} while {reply.phase}; quicferry status {reply.id} shows how it ends")
     return Exit.DONE
