@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import pytest
@@ -13,7 +16,7 @@ from quicferry.bench.figures import Machine, Move, Result, Throughput
 from quicferry.bench.load import Load
 from quicferry.bench.run import Plan, interleaved
 from quicferry.bench.variant import Measured
-from quicferry.cli import bench, main
+from quicferry.cli import bench, main, results
 from quicferry.protocol import events as ev
 from quicferry.protocol.errors import FerryError
 
@@ -171,6 +174,59 @@ def test_the_command_line() -> None:
             bench._names(wrong)
 
 
+NOWHERE = "/nonexistent/folder/file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["bench", "--json", NOWHERE], "file_refused"),
+        (["bench", "--json", "/"], "file_refused"),
+        (["bench", "--json", "x" * 300], "file_refused"),
+        (["bench", "--into", NOWHERE], "file_refused"),
+        (["bench", "--into", sys.executable], "file_refused"),
+        (["bench", "--into", __file__], "bad_settings"),
+        (["bench", "--plots", "/dev/null/plots"], "file_refused"),
+        (["demo", "--json", NOWHERE], "file_refused"),
+        (["demo", "--json", "/"], "file_refused"),
+    ],
+)
+def test_what_can_not_be_written_is_said_before_anything_is_measured(
+    arguments: list[str], code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begun(*_: object) -> NoReturn:
+        raise AssertionError("it has begun")
+
+    monkeypatch.setattr("quicferry.cli.lifecycle.stack", begun)
+    assert main.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert f"code: {code}" in said
+    assert "what to do: " in said
+
+
+def test_a_file_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    results.check(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old").write_text("kept")
+    results.check(tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "kept"
+    results.check(Path("/dev/stdout"))
+
+
+def test_a_result_that_can_not_be_written_in_the_end_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "result.json"
+    earlier.write_bytes(figures.write(a_result()))
+    assert main.main(["bench", "--report", str(earlier), "--json", "/dev/full"]) == 1
+    captured = capsys.readouterr()
+    assert msgspec.json.decode(captured.out, type=Result) == a_result()
+    assert "No space left on device" in captured.err
+    assert "The result is on standard output." in captured.err
+
+
 def test_a_report_needs_a_result(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["bench", "--report", "/nonexistent/result.json"]) == 1
+    assert "no benchmark's result" in capsys.readouterr().err
+    assert main.main(["bench", "--report", sys.executable]) == 1
     assert "no benchmark's result" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from quicferry.cli import arguments, client, describe, lifecycle, project, session
+from quicferry.cli import arguments, client, describe, lifecycle, project, results, session
 from quicferry.cli.exits import Exit
 from quicferry.cli.migrate import make_id
 from quicferry.cli.output import Cell, Output
@@ -90,6 +90,9 @@ def add_parsers(commands: arguments.Commands, parents: list[argparse.ArgumentPar
 
 def run_demo(args: argparse.Namespace, out: Output) -> int:
     out.as_json = args.result == "-"
+    file = Path(args.result) if args.result not in (None, "-") else None
+    if file is not None:
+        results.check(file)
     ours = lifecycle.stack(args, out)
     was_up = bool(ours.containers())
     try:
@@ -101,10 +104,10 @@ def run_demo(args: argparse.Namespace, out: Output) -> int:
             ours.down(volumes=True)
     if args.result == "-":
         out.record(result)
-    elif args.result:
-        Path(args.result).write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
     verdict = "one connection throughout, nothing lost" if result.ok else "NOT as it should be"
     out.line(Cell(verdict, "bold green" if result.ok else "bold red"))
+    if file is not None:
+        results.write(file, msgspec.json.format(msgspec.json.encode(result)) + b"\n")
     return Exit.DONE if result.ok else Exit.FAILED
 
 
