@@ -21,10 +21,12 @@ from nats.aio.msg import Msg
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
-from quicferry.cli import logfile
+from quicferry.cli import demo, logfile, session
 from quicferry.cli.exits import Exit
 from quicferry.protocol import events as ev
-from quicferry.protocol.api import Address
+from quicferry.protocol import subjects
+from quicferry.protocol.api import Address, StatusReply, StatusRequest
+from quicferry.protocol.errors import FerryError
 from tests.conftest import NatsServer
 from tests.integration.scripted import BROKEN, Behaviour, Node, berth, now_ms
 from tests.unit.test_cli_output import ID, at, completed, rolled_back
@@ -218,6 +220,18 @@ async def test_it_stops_waiting_and_says_so(command: Command, node: Node) -> Non
     assert plain.code == as_json.code == Exit.ROLLED_BACK
     assert plain.out.startswith("m1 has ended, there is nothing to call off: rolled back\n")
     assert as_json.result == {"id": "m1", "phase": "rolled_back"}
+
+
+@pytest.mark.usefixtures("coordinator")
+async def test_a_demo_s_move_that_does_not_end(bus: Bus, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.behave["checkpoint.dump"] = "silent"
+    monkeypatch.setattr(demo, "MOVE_SECONDS", 0.5)
+    with pytest.raises(FerryError) as caught:
+        await demo._move(bus, "echo")
+    assert caught.value.code == "still_running"
+    [status] = (await session.ask(bus, subjects.STATUS, StatusRequest(), StatusReply)).migrations
+    assert status.id in caught.value.message
+    assert f"quicferry status {status.id}" in caught.value.hint
 
 
 @pytest.mark.usefixtures("coordinator")

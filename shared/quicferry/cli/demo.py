@@ -168,12 +168,18 @@ async def _move(bus: Bus, service: str) -> Report:
     reply = await session.ask(bus, subjects.MIGRATE, request, MigrateReply)
     log = await EventLog.open(bus)
     seen: list[ev.AnyEvent] = []
-    async with asyncio.timeout(MOVE_SECONDS):
-        async with contextlib.aclosing(log.follow(migration=reply.id)) as entries:
+    try:
+        async with asyncio.timeout(MOVE_SECONDS), contextlib.aclosing(log.follow(migration=reply.id)) as entries:
             async for _, event in entries:
                 seen.append(event)
                 if isinstance(event, ev.Completed | ev.RolledBack | ev.Failed):
                     break
+    except TimeoutError:
+        raise FerryError(
+            "still_running",
+            f"The move {reply.id} is not over after {MOVE_SECONDS:g} s.",
+            hint=f"`quicferry status {reply.id}` looks at it while the system is up: --keep leaves it up.",
+        ) from None
     return report(seen)
 
 
