@@ -36,6 +36,8 @@ MOVE_SECONDS: Final = 60.0
 CLIENT_SECONDS: Final = 20.0
 ATTEMPT_SECONDS: Final = 2.0
 """How long the client may take to connect, to notice a move's end, or to sum up."""
+LINE_BYTES: Final = 8 * 1024 * 1024
+"""The client's summary is one line, with all moves and every lost echo in it."""
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True, rename={"source": "from", "target": "to"}):
@@ -252,7 +254,10 @@ class _Client:
     async def started(cls, command: list[str], environment: Mapping[str, str]) -> AsyncIterator[_Client]:
         """Run it; ended at the latest when the block is left."""
         process = await asyncio.create_subprocess_exec(
-            *command, env={**environment, "QUICFERRY_LOG_LEVEL": "error"}, stdout=asyncio.subprocess.PIPE
+            *command,
+            env={**environment, "QUICFERRY_LOG_LEVEL": "error"},
+            stdout=asyncio.subprocess.PIPE,
+            limit=LINE_BYTES,
         )
         one = cls(process)
         reading = asyncio.create_task(one._read())
@@ -277,7 +282,8 @@ class _Client:
 
     async def stop(self) -> dict[str, Any]:
         """End it, with its trace written; returns its summary."""
-        self._process.send_signal(signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself, and its summary says how
+            self._process.send_signal(signal.SIGINT)
         await self.heard("over")
         return await self.heard("summary")
 
