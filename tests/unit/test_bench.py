@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 import msgspec
 import pytest
 
-from quicferry.bench import figures, tables
+from quicferry.bench import curves, facts, figures, tables
 from quicferry.bench.ferry import phases
 from quicferry.bench.figures import Machine, Move, Result, Throughput
 from quicferry.bench.load import Load
 from quicferry.bench.run import Plan, interleaved
 from quicferry.bench.variant import Measured
 from quicferry.cli import bench, main, results
+from quicferry.host import command
 from quicferry.protocol import events as ev
 from quicferry.protocol.errors import FerryError
 
@@ -172,6 +174,43 @@ def test_the_command_line() -> None:
     for wrong in ("nope", "ferry,nope"):
         with pytest.raises(argparse.ArgumentTypeError, match="no variant"):
             bench._names(wrong)
+
+
+class Stuck:
+    """Has no end, by a time limit that says nothing."""
+
+    name = what = "stuck"
+    cafile = ""
+
+    async def open(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def move(self, *, bulk: bool = False) -> Measured:
+        raise TimeoutError
+
+
+async def test_a_move_without_an_end_is_told_as_one() -> None:
+    said: list[str] = []
+    with pytest.raises(FerryError, match="did not come to its end: no end in time") as caught:
+        await curves.connections(cast(Any, Stuck()), (1,), 1, said.append)
+    assert caught.value.code == "setup_failed"
+    with pytest.raises(FerryError, match="stuck: no end in time"):
+        await interleaved([Stuck()], Plan(moves=1, bulk_moves=0), said.append)
+    assert said == ["stuck: no end in time; once more"]
+
+
+def test_a_library_without_metadata_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout that was never installed, or podman-compose from the distribution."""
+
+    def missing(name: str) -> NoReturn:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    monkeypatch.setattr("quicferry.bench.facts.attempt", lambda *_, **__: command.Result(127, "", ""))
+    assert set(facts.machine(tmp_path, {}).versions) == {"python on the host"}
 
 
 NOWHERE = "/nonexistent/folder/file"
