@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
 from quicferry.cli.demo import _Client
 
-
-def saying(what: object) -> list[str]:
-    return [sys.executable, "-c", f"print({json.dumps(what)!r})"]
-
-
-async def test_a_summary_of_a_thousand_moves_is_heard() -> None:
-    moves = [{"id": f"m{number}", "target": "x" * 150} for number in range(1000)]
-    async with _Client.started(saying({"event": "summary", "moves": moves}), os.environ) as client:
-        assert (await client.heard("summary"))["moves"] == moves
+SUMMARY = """
+import json
+moves = [{"id": f"m{number}", "target": "x" * 150} for number in range(1000)]
+print(json.dumps({"event": "summary", "moves": moves}))
+"""
 
 
-async def test_a_client_that_has_ended_by_itself_is_no_defect() -> None:
-    async with _Client.started(saying({"event": "summary", "moves": []}), os.environ) as client:
+async def test_a_client_of_many_moves_that_has_ended_by_itself_has_its_summary_heard() -> None:
+    async with _Client.started([sys.executable, "-c", SUMMARY], os.environ) as client:
+        assert [move["id"] for move in (await client.heard("summary"))["moves"]] == [f"m{n}" for n in range(1000)]
         await client.heard("over")
         await client._process.wait()
-        assert (await client.stop())["moves"] == []
+        assert len((await client.stop())["moves"]) == 1000

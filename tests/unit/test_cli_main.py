@@ -215,11 +215,8 @@ def test_standard_input(tmp_path: Path) -> None:
 
 
 def test_standard_input_that_can_not_be_read(tmp_path: Path) -> None:
-    folder = os.open(tmp_path, os.O_RDONLY)
-    try:
-        from_folder = run("events", "-", stdin=folder)
-    finally:
-        os.close(folder)
+    with (tmp_path / "written").open("w") as file:
+        for_writing = run("events", "-", stdin=file)
     closed = subprocess.run(
         ["sh", "-c", f"exec {sys.executable} -m quicferry.cli.main events - <&-"],
         text=True,
@@ -227,7 +224,7 @@ def test_standard_input_that_can_not_be_read(tmp_path: Path) -> None:
         timeout=30,
         check=False,
     )
-    for done in (from_folder, closed):
+    for done in (for_writing, closed):
         assert (done.returncode, done.stdout) == (Exit.ERROR, "")
         assert "code: file_refused" in done.stderr
 

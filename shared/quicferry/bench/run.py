@@ -94,7 +94,9 @@ async def _once_more(variant: Variant, bulk: bool, failed: list[str], say: Say) 
             why = str(error) or "no end in time"
             failed.append(why)
             if attempt == 2:
-                raise FerryError("setup_failed", f"{variant.name}: {why}", hint="`quicferry doctor` looks around.") from error
+                raise FerryError(
+                    "setup_failed", f"{variant.name}: {why}", hint="`quicferry doctor` looks around."
+                ) from error
             say(f"{variant.name}: {why}; once more")
     raise AssertionError("unreachable")
 

@@ -137,8 +137,8 @@ class Move:
         except FerryError as error:
             if error.code in UNANSWERED:
                 error.hint = (
-                    f"{error.hint} The request may have been heard all the same: `quicferry status {request.id}` tells; "
-                    f"asked for again with --id {request.id} it is the same move."
+                    f"{error.hint} The request may have been heard all the same: `quicferry status {request.id}` "
+                    f"tells; asked for again with --id {request.id} it is the same move."
                 ).strip()
             else:
                 self.id = None

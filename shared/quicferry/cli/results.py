@@ -1,4 +1,4 @@
-"""Files that a command writes when it is done: looked at before it begins, for what was measured can't be had again."""
+"""Files that a command writes when it is done: looked at before it begins, or what it measured would be lost."""
 
 from __future__ import annotations
 
