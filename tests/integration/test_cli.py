@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 import pytest_asyncio
 from msgspec.structs import replace
@@ -21,14 +23,14 @@ from nats.aio.msg import Msg
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
-from quicferry.cli import demo, logfile, session
+from quicferry.cli import demo, lifecycle, logfile, session
 from quicferry.cli.exits import Exit
 from quicferry.protocol import events as ev
 from quicferry.protocol import subjects
-from quicferry.protocol.api import Address, StatusReply, StatusRequest
+from quicferry.protocol.api import Address, Placement, ServicesReply, ServicesRequest, StatusReply, StatusRequest
 from quicferry.protocol.errors import FerryError
 from tests.conftest import NatsServer
-from tests.integration.scripted import BROKEN, Behaviour, Node, berth, now_ms
+from tests.integration.scripted import BROKEN, Behaviour, Node, berth, coordinating, now_ms
 from tests.unit.test_cli_output import ID, at, completed, rolled_back
 
 ROOT = Path(__file__).parents[2]
@@ -296,6 +298,45 @@ async def test_services(command: Command) -> None:
     [record] = as_json.records
     assert record["services"][0]["place"]["berth"] == "a"
     assert [berth["occupied"] for berth in record["berths"]] == [True, False]
+
+
+async def test_a_service_that_is_gone_stands_in_nobody_s_way(
+    command: Command, nats_server: NatsServer, bus: Bus, event_log: EventLog, registry: Registry, node: Node
+) -> None:
+    """The log goes on to know where they were: one that was cleared away, one whose berths no agent sees any more."""
+    for service in ("bench-copied", "old"):
+        here, there = berth(f"{service}-a", occupied=False).place, berth(f"{service}-b", occupied=True).place
+        fields = {"id": f"{service}-1", "at_ms": now_ms()}
+        await event_log.append(ev.Requested(**fields, service=service, source=here, target=there, epoch=1))
+        for kind in (ev.Prepared, ev.Committed):
+            await event_log.append(kind(**fields))
+        await event_log.append(ev.Completed(**fields, arrived=0))
+    await registry.put_berth(berth("old-b", occupied=True, service="old", seen_ms=now_ms() - 60_000))
+    async with coordinating(nats_server):
+        reply = await session.ask(bus, subjects.SERVICES, ServicesRequest(), ServicesReply)
+        assert {one.service for one in reply.services} == {"bench-copied", "echo", "old"}  # or this tests nothing
+        seen = await lifecycle._until_seen(argparse.Namespace(nats=nats_server.url, context=None))
+        assert [one.service for one in seen.services] == ["echo"]
+        plain, as_json = await asyncio.gather(command("services"), command("services", "--json"))
+        assert "bench-copied" not in plain.out
+        assert [one["service"] for one in as_json.records[0]["services"]] == ["echo", "old"]
+        moved = await command("migrate")
+        assert moved.code == 0, moved.err
+
+
+async def test_without_any_report_what_is_known_has_to_do(bus: Bus, registry: Registry, node: Node) -> None:
+    async def answer(message: Msg) -> None:
+        await message.respond(msgspec.json.encode(ServicesReply(services=known, berths=[])))
+
+    here = berth("a", occupied=True).place
+    known = [Placement(service="echo", place=here)]
+    await bus.nats.subscribe("quicferry.services", cb=answer)
+    assert (await session.the_service(bus, None)).place == here
+    known.append(Placement(service="other", place=here))
+    with pytest.raises(FerryError) as caught:
+        await session.the_service(bus, None)
+    assert (caught.value.code, caught.value.hint) == ("usage", "One of: echo, other.")
+    assert (await session.the_service(bus, "other")).service == "other"
 
 
 @pytest.mark.usefixtures("coordinator")

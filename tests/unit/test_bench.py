@@ -18,6 +18,7 @@ from quicferry.bench.load import Load
 from quicferry.bench.run import Plan, interleaved
 from quicferry.bench.variant import Measured
 from quicferry.cli import bench, main, results
+from quicferry.cli.output import Output
 from quicferry.host import command
 from quicferry.protocol import events as ev
 from quicferry.protocol.errors import FerryError
@@ -174,6 +175,23 @@ def test_the_command_line() -> None:
     for wrong in ("nope", "ferry,nope"):
         with pytest.raises(argparse.ArgumentTypeError, match="no variant"):
             bench._names(wrong)
+
+
+def test_a_system_that_stays_gets_no_services_unasked(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = main.build_parser()
+
+    def plan(*arguments: str) -> Plan:
+        args = parser.parse_args(["bench", "--quick", *arguments])
+        return bench._lasting_nothing(args, bench._plan(args), Output())
+
+    unasked = plan()
+    assert (unasked.memory, unasked.variants) == ((), ("ferry", "source-order", "reconnect", "podman", "floor"))
+    said = capsys.readouterr().err
+    assert "--memory" in said
+    assert "--variants" in said
+    asked = plan("--memory", "20", "--variants", "ferry,copied")
+    assert (asked.memory, asked.variants) == ((20,), ("ferry", "copied"))
+    assert capsys.readouterr().err == ""
 
 
 class Stuck:

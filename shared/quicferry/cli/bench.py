@@ -107,13 +107,11 @@ def _check(file: Path | None, page: Path | None, folder: str | None) -> None:
 
 
 def _measure(args: argparse.Namespace, out: Output) -> Result:
-    plan = _plan(args)
     ours = lifecycle.stack(args, out)
     was_up = bool(ours.containers())
-    if was_up and args.memory is None and plan.memory:
-        # Each size is a service of its own, and the log of a system that stays would know them for ever.
-        out.note("the system was up: no curve over memory (--memory asks for it all the same)")
-        plan = msgspec.structs.replace(plan, memory=())
+    plan = _plan(args)
+    if was_up:
+        plan = _lasting_nothing(args, plan, out)
     try:
         lifecycle.bring_up(args, ours)
         return asyncio.run(_bench(args, plan, ours, out))
@@ -150,6 +148,18 @@ def _plan(args: argparse.Namespace) -> Plan:
         connections=args.connections if args.connections is not None else (1, 10) if quick else CONNECTIONS,
         memory=args.memory if args.memory is not None else (20, 100) if quick else MEMORY,
     )
+
+
+def _lasting_nothing(args: argparse.Namespace, plan: Plan, out: Output) -> Plan:
+    """The plan without what is a service of its own and was not asked for: the log of a system that stays would know
+    that for 30 days."""
+    if args.memory is None and plan.memory:
+        out.note("the system was up: no curve over memory (--memory asks for it all the same)")
+        plan = msgspec.structs.replace(plan, memory=())
+    if args.variants is None:
+        out.note("the system was up: no variant copied (--variants asks for it all the same)")
+        plan = msgspec.structs.replace(plan, variants=tuple(name for name in plan.variants if name != "copied"))
+    return plan
 
 
 def _read(path: str) -> Result:
