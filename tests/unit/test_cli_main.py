@@ -229,6 +229,42 @@ def test_standard_input_that_can_not_be_read(tmp_path: Path) -> None:
         assert "code: file_refused" in done.stderr
 
 
+def test_a_disk_that_is_full_is_no_defect(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "quicferry.cli.main", "events", exported(tmp_path, completed())]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    assert done.returncode == Exit.ERROR
+    assert done.stderr.startswith("error: The output can't be written: No space left on device.\n  what to do: ")
+    assert done.stderr.endswith("code: file_refused\n")
+
+
+def test_a_file_that_nobody_thought_of_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(*_: object) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/checkout/.cache")
+
+    monkeypatch.setattr("quicferry.cli.history.load", read_only)
+    assert main.main(["events", "m1"]) == Exit.ERROR
+    said = capsys.readouterr().err
+    assert "/checkout/.cache can't be used: Read-only file system." in said
+    assert "code: file_refused" in said
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_output_gets_nothing(closed: str, tmp_path: Path) -> None:
+    command = f"exec {sys.executable} -m quicferry.cli.main events {exported(tmp_path, completed())} {closed}>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (Exit.DONE, "")
+    assert bool(done.stdout) == (closed == "2")
+
+
+def test_a_name_that_is_no_utf_8(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in ([], ["--json"]):
+        assert main.main([*flags, "events", os.fsdecode(b"\xff.jsonl")]) == Exit.ERROR
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["error"]["code"] == "file_refused"
+
+
 def test_version() -> None:
     done = run("--version")
     assert done.returncode == 0
