@@ -16,6 +16,7 @@ import pytest
 from quicferry.cli import client, exits, logfile, main, project
 from quicferry.cli.exits import Exit
 from quicferry.cli.migrate import options
+from quicferry.host.compose import Stack
 from quicferry.protocol import events as ev
 from quicferry.protocol.api import Options
 from quicferry.protocol.errors import FerryError
@@ -314,6 +315,13 @@ def test_the_client_s_own_help() -> None:
     done = run("client", "--project", str(ROOT), "--", "--help")
     assert done.returncode == 0
     assert "usage: car_client" in done.stdout
+
+
+def test_a_certificate_that_may_not_be_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quicferry.host.command.run", lambda *_, **__: "/" + "x" * 300)
+    with pytest.raises(FerryError) as caught:
+        client.find_cafile(Stack(ROOT))
+    assert caught.value.code == "file_refused"
 
 
 def test_what_the_client_is_started_with(tmp_path: Path) -> None:

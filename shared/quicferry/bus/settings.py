@@ -245,5 +245,7 @@ def _readable(path: str, what: str) -> str:
         with Path(path).open("rb"):
             pass
     except OSError as error:
-        raise FerryError("bad_settings", f"The {what} {path} can't be read: {error.strerror}.") from None
+        raise FerryError(
+            "bad_settings", f"The {what} {path} can't be read: {error.strerror}.", hint="Is the path right?"
+        ) from None
     return path
