@@ -15,6 +15,7 @@ from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
 from quicferry.migration.machine import Phase, State
 from quicferry.protocol import events as ev
+from quicferry.protocol.agents import ARE_YOU_THERE
 from quicferry.protocol.api import (
     Berth,
     CancelReply,
@@ -56,6 +57,13 @@ class Intake:
 
     async def migrate(self, request: MigrateRequest) -> MigrateReply:
         """Put the migration into the log, once for each id. Raises FerryError with one of a dozen codes."""
+        if request.id == ARE_YOU_THERE.id:  # every later probe of the server would call that move off
+            raise FerryError(
+                "bad_request",
+                f"The id {request.id!r} is what servers are asked by whether they are there.",
+                hint="Choose another id, or leave it out.",
+                path="$.id",
+            )
         await self._caught_up()
         if request.id is not None and (known := self._book.state(request.id)):
             return _again(request, known.request)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from nats.aio.client import Client
 
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
@@ -26,9 +27,9 @@ authorization { users = [
 """
 
 
-async def refused_at(port: int) -> FerryError:
+async def refused_at(port: int, *, wait: bool = False) -> FerryError:
     with pytest.raises(FerryError) as caught:
-        async with Bus.connect("test", NatsSettings.load(f"nats://127.0.0.1:{port}"), wait=False):
+        async with Bus.connect("test", NatsSettings.load(f"nats://127.0.0.1:{port}"), wait=wait):
             pass
     return caught.value
 
@@ -52,6 +53,30 @@ async def test_impatient_connect_to_a_silent_port_fails_too() -> None:
             writer.close()
             await writer.wait_closed()
     assert writers
+
+
+@pytest.mark.parametrize("variable", ["NATS_CREDS", "NATS_NKEY"])
+@pytest.mark.parametrize("wait", [False, True])
+async def test_credentials_that_are_none_are_a_bad_setting(
+    variable: str, wait: bool, nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that can't be read ends it before nats-py begins; without nkeys installed, that is what is wrong."""
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert (await refused_at(nats_server.port, wait=wait)).code == "bad_settings"
+    (tmp_path / "garbage").write_text("no seed\n")
+    monkeypatch.setenv(variable, str(tmp_path / "garbage"))
+    assert (await refused_at(nats_server.port, wait=wait)).code == "bad_settings"
+
+    async def broken(*_: object, **__: object) -> None:
+        raise TypeError("object of type 'NoneType' has no len()")  # nkeys' own words for it
+
+    monkeypatch.setattr(Client, "connect", broken)
+    error = await refused_at(nats_server.port, wait=wait)
+    assert error.code == "bad_settings"
+    assert "has no len()" in error.message
+    monkeypatch.delenv(variable)
+    with pytest.raises(TypeError):  # without credentials it is a defect
+        await refused_at(nats_server.port, wait=wait)
 
 
 async def test_patient_connect_waits_for_the_server(nats_server: NatsServer) -> None:

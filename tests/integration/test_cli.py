@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -13,18 +14,23 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 import pytest_asyncio
 from msgspec.structs import replace
+from nats.aio.msg import Msg
 
+from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
-from quicferry.cli import logfile
+from quicferry.cli import demo, lifecycle, logfile, session
 from quicferry.cli.exits import Exit
 from quicferry.protocol import events as ev
-from quicferry.protocol.api import Address
+from quicferry.protocol import subjects
+from quicferry.protocol.api import Address, Placement, ServicesReply, ServicesRequest, StatusReply, StatusRequest
+from quicferry.protocol.errors import FerryError
 from tests.conftest import NatsServer
-from tests.integration.scripted import BROKEN, Behaviour, Node, berth, now_ms
+from tests.integration.scripted import BROKEN, Behaviour, Node, berth, coordinating, now_ms
 from tests.unit.test_cli_output import ID, at, completed, rolled_back
 
 ROOT = Path(__file__).parents[2]
@@ -212,6 +218,22 @@ async def test_it_stops_waiting_and_says_so(command: Command, node: Node) -> Non
     assert cancelled.code == 0
     watched = await command("migrate", "echo", "--id", "m1")
     assert watched.code == Exit.ROLLED_BACK
+    plain, as_json = await asyncio.gather(command("cancel", "m1"), command("cancel", "m1", "--json"))
+    assert plain.code == as_json.code == Exit.ROLLED_BACK
+    assert plain.out.startswith("m1 has ended, there is nothing to call off: rolled back\n")
+    assert as_json.result == {"id": "m1", "phase": "rolled_back"}
+
+
+@pytest.mark.usefixtures("coordinator")
+async def test_a_demo_s_move_that_does_not_end(bus: Bus, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.behave["checkpoint.dump"] = "silent"
+    monkeypatch.setattr(demo, "MOVE_SECONDS", 0.5)
+    with pytest.raises(FerryError) as caught:
+        await demo._move(bus, "echo")
+    assert caught.value.code == "still_running"
+    [status] = (await session.ask(bus, subjects.STATUS, StatusRequest(), StatusReply)).migrations
+    assert status.id in caught.value.message
+    assert f"quicferry status {status.id}" in caught.value.hint
 
 
 @pytest.mark.usefixtures("coordinator")
@@ -278,6 +300,45 @@ async def test_services(command: Command) -> None:
     assert [berth["occupied"] for berth in record["berths"]] == [True, False]
 
 
+async def test_a_service_that_is_gone_stands_in_nobody_s_way(
+    command: Command, nats_server: NatsServer, bus: Bus, event_log: EventLog, registry: Registry, node: Node
+) -> None:
+    """The log goes on to know where they were: one that was cleared away, one whose berths no agent sees any more."""
+    for service in ("bench-copied", "old"):
+        here, there = berth(f"{service}-a", occupied=False).place, berth(f"{service}-b", occupied=True).place
+        fields = {"id": f"{service}-1", "at_ms": now_ms()}
+        await event_log.append(ev.Requested(**fields, service=service, source=here, target=there, epoch=1))
+        for kind in (ev.Prepared, ev.Committed):
+            await event_log.append(kind(**fields))
+        await event_log.append(ev.Completed(**fields, arrived=0))
+    await registry.put_berth(berth("old-b", occupied=True, service="old", seen_ms=now_ms() - 60_000))
+    async with coordinating(nats_server):
+        reply = await session.ask(bus, subjects.SERVICES, ServicesRequest(), ServicesReply)
+        assert {one.service for one in reply.services} == {"bench-copied", "echo", "old"}  # or this tests nothing
+        seen = await lifecycle._until_seen(argparse.Namespace(nats=nats_server.url, context=None))
+        assert [one.service for one in seen.services] == ["echo"]
+        plain, as_json = await asyncio.gather(command("services"), command("services", "--json"))
+        assert "bench-copied" not in plain.out
+        assert [one["service"] for one in as_json.records[0]["services"]] == ["echo", "old"]
+        moved = await command("migrate")
+        assert moved.code == 0, moved.err
+
+
+async def test_without_any_report_what_is_known_has_to_do(bus: Bus, registry: Registry, node: Node) -> None:
+    async def answer(message: Msg) -> None:
+        await message.respond(msgspec.json.encode(ServicesReply(services=known, berths=[])))
+
+    here = berth("a", occupied=True).place
+    known = [Placement(service="echo", place=here)]
+    await bus.nats.subscribe("quicferry.services", cb=answer)
+    assert (await session.the_service(bus, None)).place == here
+    known.append(Placement(service="other", place=here))
+    with pytest.raises(FerryError) as caught:
+        await session.the_service(bus, None)
+    assert (caught.value.code, caught.value.hint) == ("usage", "One of: echo, other.")
+    assert (await session.the_service(bus, "other")).service == "other"
+
+
 @pytest.mark.usefixtures("coordinator")
 async def test_the_client_finds_the_server(command: Command, registry: Registry, node: Node, tmp_path: Path) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
@@ -327,6 +388,20 @@ async def test_no_coordinator(command: Command) -> None:
     assert done.code == Exit.ERROR
     assert "code: no_answer" in done.err
     assert "Is a coordinator running?" in done.err
+
+
+async def test_a_move_that_nobody_answered_may_have_been_asked_for(command: Command, bus: Bus) -> None:
+    async def hear(message: Msg) -> None:
+        heard.append(json.loads(message.data)["id"])
+
+    heard: list[str] = []
+    await bus.nats.subscribe("quicferry.migrate", cb=hear)
+    await bus.sync()
+    done = await command("migrate", "echo", "--detach")
+    assert (done.code, done.out) == (Exit.ERROR, "")
+    assert "code: no_answer" in done.err
+    [migration] = set(heard)
+    assert f"may have been heard all the same: `quicferry status {migration}` tells" in done.err
 
 
 async def test_flag_goes_before_context_goes_before_environment(command: Command, tmp_path: Path) -> None:

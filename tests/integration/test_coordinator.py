@@ -468,6 +468,7 @@ async def test_a_lock_of_an_ended_migration_is_given_back_by_the_next_leader(
         ({"service": "echo", "id": "a b"}, "bad_request", "$.id"),
         ({"service": "echo", "id": ""}, "bad_request", "$.id"),
         ({"service": "echo", "id": "*"}, "bad_request", "$.id"),
+        ({"service": "echo", "id": "are-you-there"}, "bad_request", "$.id"),
         ({"service": "echo", "options": {"pre_copy_rounds": 9}}, "bad_request", "$.options.pre_copy_rounds"),
         ({"service": "echo", "options": {"ack_timeout_ms": -1}}, "bad_request", "$.options.ack_timeout_ms"),
         ({"service": "echo", "options": {"ack_timeout_ms": "1"}}, "bad_request", "$.options.ack_timeout_ms"),

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
 import msgspec
 import pytest
 
-from quicferry.bench import figures, tables
+from quicferry.bench import curves, facts, figures, tables
 from quicferry.bench.ferry import phases
 from quicferry.bench.figures import Machine, Move, Result, Throughput
 from quicferry.bench.load import Load
 from quicferry.bench.run import Plan, interleaved
 from quicferry.bench.variant import Measured
-from quicferry.cli import bench, main
+from quicferry.cli import bench, main, results
+from quicferry.cli.output import Output
+from quicferry.host import command
 from quicferry.protocol import events as ev
 from quicferry.protocol.errors import FerryError
 
@@ -171,6 +177,113 @@ def test_the_command_line() -> None:
             bench._names(wrong)
 
 
+def test_a_system_that_stays_gets_no_services_unasked(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = main.build_parser()
+
+    def plan(*arguments: str) -> Plan:
+        args = parser.parse_args(["bench", "--quick", *arguments])
+        return bench._lasting_nothing(args, bench._plan(args), Output())
+
+    unasked = plan()
+    assert (unasked.memory, unasked.variants) == ((), ("ferry", "source-order", "reconnect", "podman", "floor"))
+    said = capsys.readouterr().err
+    assert "--memory" in said
+    assert "--variants" in said
+    asked = plan("--memory", "20", "--variants", "ferry,copied")
+    assert (asked.memory, asked.variants) == ((20,), ("ferry", "copied"))
+    assert capsys.readouterr().err == ""
+
+
+class Stuck:
+    """Has no end, by a time limit that says nothing."""
+
+    name = what = "stuck"
+    cafile = ""
+
+    async def open(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def move(self, *, bulk: bool = False) -> Measured:
+        raise TimeoutError
+
+
+async def test_a_move_without_an_end_is_told_as_one() -> None:
+    said: list[str] = []
+    with pytest.raises(FerryError, match="did not come to its end: no end in time") as caught:
+        await curves.connections(cast(Any, Stuck()), (1,), 1, said.append)
+    assert caught.value.code == "setup_failed"
+    with pytest.raises(FerryError, match="stuck: no end in time"):
+        await interleaved([Stuck()], Plan(moves=1, bulk_moves=0), said.append)
+    assert said == ["stuck: no end in time; once more"]
+
+
+def test_a_library_without_metadata_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout that was never installed, or podman-compose from the distribution."""
+
+    def missing(name: str) -> NoReturn:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    monkeypatch.setattr("quicferry.bench.facts.attempt", lambda *_, **__: command.Result(127, "", ""))
+    assert set(facts.machine(tmp_path, {}).versions) == {"python on the host"}
+
+
+NOWHERE = "/nonexistent/folder/file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["bench", "--json", NOWHERE], "file_refused"),
+        (["bench", "--json", "/"], "file_refused"),
+        (["bench", "--json", "x" * 300], "file_refused"),
+        (["bench", "--into", NOWHERE], "file_refused"),
+        (["bench", "--into", sys.executable], "file_refused"),
+        (["bench", "--into", __file__], "bad_settings"),
+        (["bench", "--plots", "/dev/null/plots"], "file_refused"),
+        (["demo", "--json", NOWHERE], "file_refused"),
+        (["demo", "--json", "/"], "file_refused"),
+    ],
+)
+def test_what_can_not_be_written_is_said_before_anything_is_measured(
+    arguments: list[str], code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begun(*_: object) -> NoReturn:
+        raise AssertionError("it has begun")
+
+    monkeypatch.setattr("quicferry.cli.lifecycle.stack", begun)
+    assert main.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert f"code: {code}" in said
+    assert "what to do: " in said
+
+
+def test_a_file_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    results.check(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old").write_text("kept")
+    results.check(tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "kept"
+    results.check(Path("/dev/stdout"))
+
+
+def test_a_result_that_can_not_be_written_in_the_end_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "result.json"
+    earlier.write_bytes(figures.write(a_result()))
+    assert main.main(["bench", "--report", str(earlier), "--json", "/dev/full"]) == 1
+    captured = capsys.readouterr()
+    assert msgspec.json.decode(captured.out, type=Result) == a_result()
+    assert "No space left on device" in captured.err
+    assert "The result is on standard output." in captured.err
+
+
 def test_a_report_needs_a_result(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["bench", "--report", "/nonexistent/result.json"]) == 1
+    assert "no benchmark's result" in capsys.readouterr().err
+    assert main.main(["bench", "--report", sys.executable]) == 1
     assert "no benchmark's result" in capsys.readouterr().err

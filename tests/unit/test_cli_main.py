@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from quicferry.cli import client, exits, logfile, main, project
 from quicferry.cli.exits import Exit
 from quicferry.cli.migrate import options
+from quicferry.host.compose import Stack
 from quicferry.protocol import events as ev
 from quicferry.protocol.api import Options
 from quicferry.protocol.errors import FerryError
@@ -146,6 +148,22 @@ def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["events", "replay"])
+def test_a_file_that_can_not_be_looked_for(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(path: Path, **_: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    assert main.main([command, "x" * 300]) == Exit.ERROR  # no file system has names so long
+    assert "code: file_refused" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "exists", denied)  # who is root may enter every folder
+    assert main.main([command, "locked/log.jsonl", "--nats", "nats://127.0.0.1:1"]) == Exit.ERROR
+    assert "locked/log.jsonl can't be read: Permission denied." in capsys.readouterr().err
+    assert main.main([command, "m1", "--nats", "nats://127.0.0.1:1"]) == Exit.ERROR  # it can still be an id
+    assert "code: nats_unreachable" in capsys.readouterr().err
+
+
 def test_a_defect_shows_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(*_: object) -> NoReturn:
         raise ZeroDivisionError("oops")
@@ -197,6 +215,57 @@ def test_standard_input(tmp_path: Path) -> None:
     assert run("replay", "-", input=text[:-20]).returncode == Exit.ERROR
 
 
+def test_standard_input_that_can_not_be_read(tmp_path: Path) -> None:
+    with (tmp_path / "written").open("w") as file:
+        for_writing = run("events", "-", stdin=file)
+    closed = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m quicferry.cli.main events - <&-"],
+        text=True,
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    for done in (for_writing, closed):
+        assert (done.returncode, done.stdout) == (Exit.ERROR, "")
+        assert "code: file_refused" in done.stderr
+
+
+def test_a_disk_that_is_full_is_no_defect(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "quicferry.cli.main", "events", exported(tmp_path, completed())]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    assert done.returncode == Exit.ERROR
+    assert done.stderr.startswith("error: The output can't be written: No space left on device.\n  what to do: ")
+    assert done.stderr.endswith("code: file_refused\n")
+
+
+def test_a_file_that_nobody_thought_of_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(*_: object) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/checkout/.cache")
+
+    monkeypatch.setattr("quicferry.cli.history.load", read_only)
+    assert main.main(["events", "m1"]) == Exit.ERROR
+    said = capsys.readouterr().err
+    assert "/checkout/.cache can't be used: Read-only file system." in said
+    assert "code: file_refused" in said
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_output_gets_nothing(closed: str, tmp_path: Path) -> None:
+    command = f"exec {sys.executable} -m quicferry.cli.main events {exported(tmp_path, completed())} {closed}>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (Exit.DONE, "")
+    assert bool(done.stdout) == (closed == "2")
+
+
+def test_a_name_that_is_no_utf_8(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in ([], ["--json"]):
+        assert main.main([*flags, "events", os.fsdecode(b"\xff.jsonl")]) == Exit.ERROR
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["error"]["code"] == "file_refused"
+
+
 def test_version() -> None:
     done = run("--version")
     assert done.returncode == 0
@@ -229,10 +298,30 @@ def test_the_project_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         project.directory(parse("up", "--project", str(other)))
 
 
+def test_a_project_that_can_not_be_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for nowhere in ("~nobody-of-that-name/x", str(tmp_path / "loop"), "x" * 300):
+        with pytest.raises(FerryError, match="is no quicferry project"):
+            project.directory(parse("up", "--project", nowhere))
+    monkeypatch.delenv("QUICFERRY_PROJECT", raising=False)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert project.directory(parse("up")) == ROOT
+
+
 def test_the_client_s_own_help() -> None:
     done = run("client", "--project", str(ROOT), "--", "--help")
     assert done.returncode == 0
     assert "usage: car_client" in done.stdout
+
+
+def test_a_certificate_that_may_not_be_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quicferry.host.command.run", lambda *_, **__: "/" + "x" * 300)
+    with pytest.raises(FerryError) as caught:
+        client.find_cafile(Stack(ROOT))
+    assert caught.value.code == "file_refused"
 
 
 def test_what_the_client_is_started_with(tmp_path: Path) -> None:

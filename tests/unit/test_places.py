@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from quicferry.cli import session
 from quicferry.protocol.api import Address, Berth, Place, Placement
 from quicferry.protocol.errors import FerryError
 from services.coordinator import places
@@ -152,3 +153,7 @@ def test_services_listed() -> None:
     ]
     moved_by_hand = places.services([berth("b", occupied=True)], {"echo": placed("a")}, NOW)
     assert [(p.place.berth, p.epoch, p.migration) for p in moved_by_hand] == [("b", 3, None)]
+
+
+def test_the_command_line_counts_on_the_same_berths() -> None:
+    assert session.FRESH_MS == places.FRESH_MS

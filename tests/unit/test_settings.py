@@ -47,6 +47,11 @@ def test_each_source_gives_way_to_the_one_before(home: Path, monkeypatch: pytest
     assert NatsSettings.load("nats://url:5", "flag").servers == ["nats://url:5"]
 
 
+def test_a_file_in_the_home_of_nobody(home: Path) -> None:
+    context(home, "c", url="nats://c:1", creds="~nobody-of-that-name/user.creds")
+    assert "~nobody-of-that-name/user.creds can't be read" in refused(context="c").message
+
+
 def test_without_xdg_the_home_folder_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -93,7 +93,7 @@ async def connections(ferry: Ferry, numbers: Sequence[int], moves: int, say: Say
         accounts: list[Account] = []
         async with Crowd.of(number - 1, ferry, ferry.cafile) as crowd:
             for _ in range(moves):
-                taken.append((await ferry.move()).move)
+                taken.append(await _moved(ferry))
                 if crowd is not None:
                     accounts.append(await crowd.account())
         point = _point(number, taken, accounts)
@@ -110,13 +110,25 @@ async def memory(bus: Bus, cafile: str, stand: Stand, sizes: Sequence[int], move
         ferry = OwnService(bus, cafile, stand, f"{size}mb", environment)
         try:
             await ferry.open()
-            taken = [(await ferry.move()).move for _ in range(moves)]
+            taken = [await _moved(ferry) for _ in range(moves)]
         finally:
             await asyncio.shield(ferry.close())
         point = _point(size, taken, [])
         points.append(point)
         say(_told("MB", point))
     return points
+
+
+async def _moved(ferry: Ferry) -> Move:
+    """One move. Raises FerryError, ``setup_failed`` where it came to no end: a point has no second attempt."""
+    try:
+        return (await ferry.move()).move
+    except (TimeoutError, ConnectionError) as error:
+        raise FerryError(
+            "setup_failed",
+            f"A move of a curve did not come to its end: {str(error) or 'no end in time'}.",
+            hint="Measure again; --connections 0 and --memory 0 leave the curves out.",
+        ) from error
 
 
 def _point(x: int, moves: Sequence[Move], accounts: Sequence[Account]) -> Point:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -19,8 +20,10 @@ LIBRARIES = ("aioquic", "nats-py", "podman-compose")
 
 def machine(project: Path, env: Mapping[str, str], extra: Mapping[str, str] | None = None) -> Machine:
     """Gather them; ``extra`` are versions only a variant knows. What can't be had is left out."""
-    versions = {"quicferry": importlib.metadata.version("quicferry"), "python on the host": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions = {"python on the host": platform.python_version()}
+    for name in ("quicferry", *LIBRARIES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout, a distribution's own
+            versions[name] = importlib.metadata.version(name)
     inside = attempt(
         ["podman", "run", "--rm", "--network", "none", image.IMAGE, "sh", "-c", "python -V; criu --version"],
         timeout=60,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,32 +26,50 @@ OTHER: Final = "#2c3e50"
 FORMATS: Final = ("svg", "png")
 
 
-def draw(result: Result, folder: Path) -> list[Path]:
-    """Write ``gaps`` and ``rtt`` in both formats into ``folder``; their paths.
+def check(folder: Path) -> None:
+    """Whether plots can be drawn and written there; makes the folder.
 
     Raises FerryError ``machine_unfit`` without matplotlib, ``file_refused`` if they can't be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:  # not loaded: before a measurement it would only weigh on it
         raise FerryError(
             "machine_unfit", "The plots need matplotlib.", hint="make setup installs it; or pip install matplotlib."
-        ) from None
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _refused(folder, error) from None
+
+
+def draw(result: Result, folder: Path) -> list[Path]:
+    """Write ``gaps`` and ``rtt`` in both formats into ``folder``; their paths. Raises as :func:`check`."""
+    check(folder)
+    import matplotlib
+
     matplotlib.use("Agg")
     # The same result gives the same file, so that a commit shows only what has changed.
     matplotlib.rcParams.update({"svg.hashsalt": "quicferry", "svg.fonttype": "none", "font.size": 9})
     figures = {"gaps": _gaps(result.variants), "rtt": _rtt(result.variants)}
     written = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             for kind in FORMATS:
                 path = folder / f"{name}.{kind}"
                 figure.savefig(path, dpi=144, metadata={"Date": None} if kind == "svg" else {"Software": None})
                 written.append(path)
     except OSError as error:
-        raise FerryError("file_refused", f"The plots can't be written to {folder}: {error.strerror}.") from None
+        raise _refused(folder, error) from None
     return written
+
+
+def _refused(folder: Path, error: OSError) -> FerryError:
+    return FerryError(
+        "file_refused",
+        f"The plots can't be written to {folder}: {error.strerror or error}.",
+        hint="Name a folder that you may write.",
+    )
 
 
 def _figure(height: float) -> Figure:

@@ -91,10 +91,13 @@ async def _once_more(variant: Variant, bulk: bool, failed: list[str], say: Say) 
             async with asyncio.timeout(MOVE_SECONDS):
                 return await variant.move(bulk=bulk)
         except (FerryError, TimeoutError, ConnectionError) as error:
-            failed.append(str(error) or "no end in time")
+            why = str(error) or "no end in time"
+            failed.append(why)
             if attempt == 2:
-                raise FerryError("setup_failed", f"{variant.name}: {error or 'no end in time'}") from error
-            say(f"{variant.name}: {error or 'no end in time'}; once more")
+                raise FerryError(
+                    "setup_failed", f"{variant.name}: {why}", hint="`quicferry doctor` looks around."
+                ) from error
+            say(f"{variant.name}: {why}; once more")
     raise AssertionError("unreachable")
 
 

@@ -29,11 +29,17 @@ def markdown(result: Result) -> str:
 
 def insert(page: str, result: Result) -> str:
     """``page`` with the tables between its marks. Raises FerryError ``bad_settings`` if it has none."""
+    head, tail = split(page)
+    return f"{head}{BEGIN}\n\n{markdown(result)}\n\n{END}{tail}"
+
+
+def split(page: str) -> tuple[str, str]:
+    """What is before and behind the marks. Raises FerryError ``bad_settings`` if ``page`` has none."""
     head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise FerryError("bad_settings", "The page has no marks to put the tables between.", hint=f"{BEGIN} … {END}")
-    return f"{head}{BEGIN}\n\n{markdown(result)}\n\n{END}{tail}"
+    return head, tail
 
 
 def _machine(result: Result) -> str:

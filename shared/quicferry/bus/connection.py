@@ -16,7 +16,7 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.micro.request import ERROR_CODE_HEADER
 
-from quicferry.bus.refusals import Watch, denied, error_of, no_nkeys
+from quicferry.bus.refusals import Watch, denied, error_of, no_nkeys, unusable
 from quicferry.bus.settings import NatsSettings
 from quicferry.protocol import wire
 from quicferry.protocol.errors import FerryError
@@ -94,6 +94,12 @@ class Bus:
             raise no_nkeys() from error
         except (nats.errors.Error, OSError, ValueError) as error:
             raise self._unreachable(error) from error
+        except FerryError:
+            raise
+        except Exception as error:  # nats-py and nkeys have errors of any type for a credentials file that is none
+            if not (self.settings.creds or self.settings.nkey):
+                raise
+            raise unusable(self.settings.origin, error) from error
         finally:
             opening.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):  # its error was raised above
@@ -154,7 +160,8 @@ class Bus:
             # What is left now nobody waits for. nats-py would write it once more, and on a connection that is lost
             # asyncio's writelines() is a TypeError (Python 3.12 and 3.13): then nats-py would stay half closed.
             self.nats._pending, self.nats._pending_data_size = [], 0
-            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+            # The assertion is nats-py's where connecting never began, and would hide why: credentials of no use.
+            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError, AssertionError):
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await self.nats.close()
 

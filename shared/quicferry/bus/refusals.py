@@ -49,3 +49,11 @@ def no_nkeys() -> FerryError:
         "NATS credentials and nkeys need the package 'nkeys', which is not installed.",
         hint="pip install 'nats-py[nkeys]'",
     )
+
+
+def unusable(origin: str, error: Exception) -> FerryError:
+    return FerryError(
+        "bad_settings",
+        f"The credentials of {origin} can't be used: {error}.",
+        hint="Check the file: that of NATS_CREDS (a context's creds) has a JWT and a seed, that of NATS_NKEY a seed.",
+    )

@@ -237,7 +237,7 @@ def _read_context(name: str) -> _Context:
 
 
 def _expand(path: str) -> str:
-    return str(Path(path).expanduser()) if path else ""
+    return os.path.expanduser(path)  # pathlib's raises where there is no such user; this leaves the path as it is
 
 
 def _readable(path: str, what: str) -> str:
@@ -245,5 +245,7 @@ def _readable(path: str, what: str) -> str:
         with Path(path).open("rb"):
             pass
     except OSError as error:
-        raise FerryError("bad_settings", f"The {what} {path} can't be read: {error.strerror}.") from None
+        raise FerryError(
+            "bad_settings", f"The {what} {path} can't be read: {error.strerror}.", hint="Is the path right?"
+        ) from None
     return path

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from quicferry.cli import arguments, client, lifecycle, project, session
+from quicferry.cli import arguments, client, lifecycle, project, results, session
 from quicferry.cli.exits import Exit
 from quicferry.cli.output import Output
 from quicferry.protocol.errors import FerryError
@@ -64,34 +64,54 @@ def run_bench(args: argparse.Namespace, out: Output) -> int:
     from quicferry.bench import figures, tables
 
     out.as_json = args.result == "-"
+    file = Path(args.result) if args.result not in (None, "-") else None
+    page = Path(args.into) if args.into else None
+    _check(file, page, args.plots)
     result = _read(args.report) if args.report else _measure(args, out)
-    if args.result == "-":
+    try:
+        if file is not None:
+            results.write(file, figures.write(result))
+        if page is not None:
+            results.write(page, tables.insert(results.read_text(page), result).encode())
+            out.note(f"wrote {page}")
+    except FerryError as error:  # a disk that is full by now, a page whose marks went: the result must not go with it
         out.record(result)
-    elif args.result:
-        Path(args.result).write_bytes(figures.write(result))
+        error.hint = f"{error.hint} The result is on standard output.".strip()
+        raise
+    if out.as_json:
+        out.record(result)
+    elif page is None:
+        for line in tables.markdown(result).splitlines():
+            out.line(line)
     if args.plots:
         from quicferry.bench import plots
 
         for path in plots.draw(result, Path(args.plots)):
             out.note(f"wrote {path}")
-    if args.into:
-        page = Path(args.into)
-        page.write_text(tables.insert(page.read_text(encoding="utf-8"), result), encoding="utf-8")
-        out.note(f"wrote {page}")
-    elif not out.as_json:
-        for line in tables.markdown(result).splitlines():
-            out.line(line)
     return Exit.DONE
 
 
+def _check(file: Path | None, page: Path | None, folder: str | None) -> None:
+    """Whether everything asked for can be written. Raises FerryError ``file_refused`` and those of the writers."""
+    if file is not None:
+        results.check(file)
+    if page is not None:
+        from quicferry.bench import tables
+
+        tables.split(results.read_text(page))
+        results.check(page)
+    if folder is not None:
+        from quicferry.bench import plots
+
+        plots.check(Path(folder))
+
+
 def _measure(args: argparse.Namespace, out: Output) -> Result:
-    plan = _plan(args)
     ours = lifecycle.stack(args, out)
     was_up = bool(ours.containers())
-    if was_up and args.memory is None and plan.memory:
-        # Each size is a service of its own, and the log of a system that stays would know them for ever.
-        out.note("the system was up: no curve over memory (--memory asks for it all the same)")
-        plan = msgspec.structs.replace(plan, memory=())
+    plan = _plan(args)
+    if was_up:
+        plan = _lasting_nothing(args, plan, out)
     try:
         lifecycle.bring_up(args, ours)
         return asyncio.run(_bench(args, plan, ours, out))
@@ -130,12 +150,24 @@ def _plan(args: argparse.Namespace) -> Plan:
     )
 
 
+def _lasting_nothing(args: argparse.Namespace, plan: Plan, out: Output) -> Plan:
+    """The plan without what is a service of its own and was not asked for: the log of a system that stays would know
+    that for 30 days."""
+    if args.memory is None and plan.memory:
+        out.note("the system was up: no curve over memory (--memory asks for it all the same)")
+        plan = msgspec.structs.replace(plan, memory=())
+    if args.variants is None:
+        out.note("the system was up: no variant copied (--variants asks for it all the same)")
+        plan = msgspec.structs.replace(plan, variants=tuple(name for name in plan.variants if name != "copied"))
+    return plan
+
+
 def _read(path: str) -> Result:
     from quicferry.bench.figures import Result
 
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=Result)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FerryError(
             "file_refused",
             f"{path} is no benchmark's result: {error}.",

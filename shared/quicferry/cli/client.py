@@ -96,7 +96,7 @@ def find_cafile(stack: Stack) -> str:
         env=stack.environment,
     ).strip()
     cafile = Path(mountpoint) / "cert.pem"
-    if not cafile.is_file():
+    if not os.path.isfile(cafile):  # pathlib's raises where somebody may not look, on Python 3.11
         raise FerryError(
             "file_refused",
             f"There is no certificate {cafile}.",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from quicferry.cli import arguments, client, describe, lifecycle, project, session
+from quicferry.cli import arguments, client, describe, lifecycle, project, results, session
 from quicferry.cli.exits import Exit
 from quicferry.cli.migrate import make_id
 from quicferry.cli.output import Cell, Output
@@ -36,6 +36,8 @@ MOVE_SECONDS: Final = 60.0
 CLIENT_SECONDS: Final = 20.0
 ATTEMPT_SECONDS: Final = 2.0
 """How long the client may take to connect, to notice a move's end, or to sum up."""
+LINE_BYTES: Final = 8 * 1024 * 1024
+"""The client's summary is one line, with all moves and every lost echo in it."""
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True, rename={"source": "from", "target": "to"}):
@@ -90,6 +92,9 @@ def add_parsers(commands: arguments.Commands, parents: list[argparse.ArgumentPar
 
 def run_demo(args: argparse.Namespace, out: Output) -> int:
     out.as_json = args.result == "-"
+    file = Path(args.result) if args.result not in (None, "-") else None
+    if file is not None:
+        results.check(file)
     ours = lifecycle.stack(args, out)
     was_up = bool(ours.containers())
     try:
@@ -101,10 +106,10 @@ def run_demo(args: argparse.Namespace, out: Output) -> int:
             ours.down(volumes=True)
     if args.result == "-":
         out.record(result)
-    elif args.result:
-        Path(args.result).write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
     verdict = "one connection throughout, nothing lost" if result.ok else "NOT as it should be"
     out.line(Cell(verdict, "bold green" if result.ok else "bold red"))
+    if file is not None:
+        results.write(file, msgspec.json.format(msgspec.json.encode(result)) + b"\n")
     return Exit.DONE if result.ok else Exit.FAILED
 
 
@@ -165,12 +170,18 @@ async def _move(bus: Bus, service: str) -> Report:
     reply = await session.ask(bus, subjects.MIGRATE, request, MigrateReply)
     log = await EventLog.open(bus)
     seen: list[ev.AnyEvent] = []
-    async with asyncio.timeout(MOVE_SECONDS):
-        async with contextlib.aclosing(log.follow(migration=reply.id)) as entries:
+    try:
+        async with asyncio.timeout(MOVE_SECONDS), contextlib.aclosing(log.follow(migration=reply.id)) as entries:
             async for _, event in entries:
                 seen.append(event)
                 if isinstance(event, ev.Completed | ev.RolledBack | ev.Failed):
                     break
+    except TimeoutError:
+        raise FerryError(
+            "still_running",
+            f"The move {reply.id} is not over after {MOVE_SECONDS:g} s.",
+            hint=f"`quicferry status {reply.id}` looks at it while the system is up: --keep leaves it up.",
+        ) from None
     return report(seen)
 
 
@@ -243,7 +254,10 @@ class _Client:
     async def started(cls, command: list[str], environment: Mapping[str, str]) -> AsyncIterator[_Client]:
         """Run it; ended at the latest when the block is left."""
         process = await asyncio.create_subprocess_exec(
-            *command, env={**environment, "QUICFERRY_LOG_LEVEL": "error"}, stdout=asyncio.subprocess.PIPE
+            *command,
+            env={**environment, "QUICFERRY_LOG_LEVEL": "error"},
+            stdout=asyncio.subprocess.PIPE,
+            limit=LINE_BYTES,
         )
         one = cls(process)
         reading = asyncio.create_task(one._read())
@@ -268,7 +282,8 @@ class _Client:
 
     async def stop(self) -> dict[str, Any]:
         """End it, with its trace written; returns its summary."""
-        self._process.send_signal(signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself, and its summary says how
+            self._process.send_signal(signal.SIGINT)
         await self.heard("over")
         return await self.heard("summary")
 

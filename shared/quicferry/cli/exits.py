@@ -23,11 +23,11 @@ class Exit(enum.IntEnum):
 
 
 MEANING: Final[dict[Exit, str]] = {
-    Exit.DONE: "done; for migrate: completed",
+    Exit.DONE: "done; for migrate: completed; for cancel: asked",
     Exit.ERROR: "refused or not possible; the error's code says why",
     Exit.USAGE: "the command line is wrong",
-    Exit.ROLLED_BACK: "migrate: rolled back, the server is where it was",
-    Exit.FAILED: "migrate: failed; demo: something was lost or rebuilt",
+    Exit.ROLLED_BACK: "migrate, cancel: rolled back, the server is where it was",
+    Exit.FAILED: "migrate, cancel: failed; demo: something was lost or rebuilt",
     Exit.STILL_RUNNING: "migrate: not over within --timeout; it goes on",
     Exit.DIFFERS: "replay: the log's decisions differ from the machine's",
     Exit.INTERRUPTED: "interrupted by Ctrl-C; a migration asked for goes on",

@@ -44,9 +44,20 @@ def load(args: argparse.Namespace) -> tuple[str, list[Entry]]:
     given: str = args.log
     if given == "-":
         return logfile.read(None)
-    if Path(given).exists():
+    is_id = logfile.looks_like_id(given)
+    try:
+        there = Path(given).exists()
+    except OSError as error:  # no file can have that name, or a folder on the way may not be entered
+        if not is_id:
+            raise FerryError(
+                "file_refused",
+                f"{given} can't be read: {error.strerror or error}.",
+                hint="`quicferry export ID -o FILE` writes a log; `quicferry status` lists ids.",
+            ) from None
+        there = False
+    if there:
         return logfile.read(Path(given))
-    if not logfile.looks_like_id(given):
+    if not is_id:
         raise FerryError(
             "file_refused",
             f"{given} does not exist, and can't be a migration's id.",

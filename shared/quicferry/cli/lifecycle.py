@@ -7,6 +7,8 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from quicferry.cli import arguments, describe, project, session
 from quicferry.cli.exits import Exit
 from quicferry.cli.output import Cell, Output
@@ -85,7 +87,10 @@ def bring_up(
 
 
 async def _until_seen(args: argparse.Namespace) -> ServicesReply:
-    """Ask until the coordinator knows a service: only then can it be moved."""
+    """Ask until the coordinator knows a service and its server answers: only then can it be moved.
+
+    What the log knows of services that are gone since, and will not answer any more, is left out.
+    """
     last = "no service was seen"
     try:
         async with asyncio.timeout(SEEN_SECONDS):
@@ -93,11 +98,11 @@ async def _until_seen(args: argparse.Namespace) -> ServicesReply:
                 try:
                     async with session.connected(args) as bus:
                         reply = await session.services(bus)
-                        if reply.services and all(
-                            [await session.heralds(bus, one.service) for one in reply.services]
-                        ):
-                            return reply
-                        last = "no server answers" if reply.services else "no service was seen"
+                        there = session.present(reply)
+                        silent = [one.service for one in there if not await session.heralds(bus, one.service)]
+                        if there and not silent:
+                            return replace(reply, services=there)
+                        last = f"no server of {', '.join(silent)} answers" if there else "no service was seen"
                 except FerryError as error:
                     if error.code not in ("no_answer", "nats_unreachable"):
                         raise

@@ -6,6 +6,7 @@ The first line is a :class:`Header`, every other one a :class:`Line`. Reading is
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import tempfile
@@ -78,7 +79,11 @@ def write(path: Path, migration: str, entries: Sequence[Entry], *, force: bool) 
             "file_refused", f"{path} exists already.", hint="Name another file, or overwrite it with --force."
         ) from None
     except OSError as error:
-        raise FerryError("file_refused", f"{path} can't be written: {error.strerror or error}.") from None
+        raise FerryError(
+            "file_refused",
+            f"{path} can't be written: {error.strerror or error}.",
+            hint="Name another file with -o; without it the log goes to standard output.",
+        ) from None
 
 
 def read(path: Path | None) -> tuple[str, list[Entry]]:
@@ -86,13 +91,20 @@ def read(path: Path | None) -> tuple[str, list[Entry]]:
 
     Raises FerryError ``file_refused`` when it can't be opened and ``log_unreadable`` when it is no whole log.
     """
-    if path is None:
-        return _parse(sys.stdin.buffer, "standard input")
+    name = "standard input" if path is None else str(path)
     try:
-        with path.open("rb") as file:
-            return _parse(file, str(path))
+        if path is not None:
+            with path.open("rb") as file:
+                return _parse(file, name)
+        if sys.stdin is None:  # Python's way to say that it was closed
+            raise OSError(errno.EBADF, "it is closed")
+        return _parse(sys.stdin.buffer, name)
     except OSError as error:
-        raise FerryError("file_refused", f"{path} can't be read: {error.strerror or error}.") from None
+        raise FerryError(
+            "file_refused",
+            f"{name} can't be read: {error.strerror or error}.",
+            hint="`quicferry export ID -o FILE` writes a log.",
+        ) from None
 
 
 def _parse(file: BinaryIO, name: str) -> tuple[str, list[Entry]]:

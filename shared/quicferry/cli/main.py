@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,6 +23,8 @@ from quicferry.protocol.errors import FerryError
 
 MODULES: Final = ("lifecycle", "doctor", "migrate", "query", "history", "client", "demo", "bench")
 """Each has ``add_parsers(commands, parents)``; a parser's default ``run(args, output)`` returns the exit code."""
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 ENVIRONMENT: Final[dict[str, str]] = {
     "NATS_URL": "the NATS server; others as for the nats command",
@@ -90,6 +93,7 @@ def _common() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    _open_outputs()
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Also for what goes wrong before the arguments are understood.
     as_json = "--json" in given[: given.index("--") if "--" in given else None]
@@ -109,17 +113,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.note("interrupted")
         return Exit.INTERRUPTED
     except BrokenPipeError:
-        # Python flushes standard output once more at its end, and would complain.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return Exit.BROKEN_PIPE
     except Exception as error:  # noqa: BLE001 - the last one there is: a defect is reported like an error
         if verbose:
             structlog.get_logger().exception("command_failed")
-        what = f"A defect of quicferry: {type(error).__name__}: {error}."
-        out.error(FerryError("internal", what, hint="-v shows where. Please report it."))
+        out.error(_unforeseen(error))
         return Exit.ERROR
     return code
+
+
+def _unforeseen(error: Exception) -> FerryError:
+    """A full disk or a file that may not be used can meet any command; everything else is a defect."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return FerryError(
+            "file_refused",
+            f"{os.fsdecode(error.filename)} can't be used: {error.strerror}.",
+            hint="Is it there, and may you use it? -v shows what wanted it.",
+        )
+    if isinstance(error, OSError) and error.errno in FULL:
+        _drop_output()
+        return FerryError(
+            "file_refused",
+            f"The output can't be written: {error.strerror}.",
+            hint="Make room where standard output goes, or send it elsewhere.",
+        )
+    what = f"A defect of quicferry: {type(error).__name__}: {error}."
+    return FerryError("internal", what, hint="-v shows where. Please report it.")
+
+
+def _drop_output() -> None:
+    """Python flushes standard output once more at its end, and would complain."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_outputs() -> None:
+    """Whoever closes an output does not want to see it; Python has None in its place."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for as long as we run
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _log(verbose: int) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 WAIT_SECONDS: Final = 180.0
 """Above what the state machine allows itself with its default limits."""
 MS_MOST: Final = 3_600_000
+UNANSWERED: Final = ("no_answer", "not_leading", "nats_unreachable")
+"""After these nobody can say whether the request was heard."""
 STYLES: Final = {"completed": "bold green", "rolled_back": "bold yellow", "failed": "bold red"}
 
 
@@ -133,7 +135,13 @@ class Move:
         try:
             return await session.ask(bus, subjects.MIGRATE, request, MigrateReply)
         except FerryError as error:
-            self.id = request.id if error.code in ("no_answer", "not_leading", "nats_unreachable") else None
+            if error.code in UNANSWERED:
+                error.hint = (
+                    f"{error.hint} The request may have been heard all the same: `quicferry status {request.id}` "
+                    f"tells; asked for again with --id {request.id} it is the same move."
+                ).strip()
+            else:
+                self.id = None
             raise
 
     def _detached(self, reply: MigrateReply) -> None:
@@ -250,5 +258,10 @@ async def _cancel(args: argparse.Namespace, out: Output) -> int:
         reply = await session.ask(bus, subjects.CANCEL, CancelRequest(id=args.id), CancelReply)
     if out.as_json:
         out.record({"result": reply})
+    if (ended := OUTCOMES.get(reply.phase)) is not None:
+        how = Cell(reply.phase.replace("_", " "), STYLES[reply.phase])
+        out.line(f"{reply.id} has ended, there is nothing to call off: ", how)
+        out.line(f"  why: quicferry status {reply.id}")
+        return ended
     out.line(f"asked to call off {reply.id} while {reply.phase}; quicferry status {reply.id} shows how it ends")
     return Exit.DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import textwrap
@@ -53,7 +54,7 @@ class Output:
 
     def record(self, record: Any) -> None:
         """One JSON object on a line of its own; takes structs and plain data."""
-        self.console.file.write(msgspec.json.encode(record).decode() + "\n")
+        self.console.file.write(_json(record) + "\n")
         self.console.file.flush()
 
     def line(self, *parts: str | Cell) -> None:
@@ -90,7 +91,7 @@ class Output:
     def error(self, error: FerryError) -> None:
         """What went wrong, what to do and the code to look up, on standard error."""
         if self.as_json:
-            self.errors.file.write(msgspec.json.encode({"error": error.body()}).decode() + "\n")
+            self.errors.file.write(_json({"error": error.body()}) + "\n")
             return
         where = f" (at {error.path})" if error.path else ""
         self._error_line("error: ", f"{error.message}{where}", style="bold red")
@@ -129,6 +130,13 @@ def fit(columns: Sequence[int], available: int, keep: int | None = None) -> list
 def printable(text: str) -> str:
     """``text`` with control characters made visible: what others wrote must not drive a terminal."""
     return "".join(c if c.isprintable() else " " if c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def _json(record: Any) -> str:
+    try:
+        return msgspec.json.encode(record).decode()
+    except UnicodeEncodeError:  # a file's name that is no UTF-8: Python's surrogates, which the other one escapes
+        return json.dumps(msgspec.to_builtins(record), separators=(",", ":"))
 
 
 def _text(parts: Sequence[str | Cell]) -> Text:

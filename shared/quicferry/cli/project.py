@@ -17,7 +17,7 @@ def directory(args: argparse.Namespace) -> Path:
     """
     if args.project:
         return _checked(Path(args.project), "--project")
-    if _is_ours(Path.cwd()):
+    if _is_ours(Path()):  # not Path.cwd(): a current directory that was removed has no name
         return Path.cwd()
     if from_environment := os.environ.get("QUICFERRY_PROJECT"):
         return _checked(Path(from_environment), "QUICFERRY_PROJECT")
@@ -32,7 +32,7 @@ def directory(args: argparse.Namespace) -> Path:
 
 
 def _checked(path: Path, origin: str) -> Path:
-    path = path.expanduser().resolve()
+    path = Path(os.path.realpath(os.path.expanduser(path)))  # pathlib's own raise where there is no such user
     if not _is_ours(path):
         raise FerryError(
             "bad_settings",

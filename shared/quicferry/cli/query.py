@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import time
 
+from msgspec.structs import replace
+
 from quicferry.cli import arguments, describe, session
 from quicferry.cli.exits import Exit
 from quicferry.cli.output import Cell, Output
@@ -85,7 +87,8 @@ def run_services(args: argparse.Namespace, out: Output) -> int:
 
 async def _services(args: argparse.Namespace) -> ServicesReply:
     async with session.connected(args) as bus:
-        return await session.services(bus)
+        reply = await session.services(bus)
+    return replace(reply, services=session.reported(reply))
 
 
 def show_services(out: Output, reply: ServicesReply, now_ms: int) -> None:

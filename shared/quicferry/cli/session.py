@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -26,6 +27,8 @@ TRY_SECONDS: Final = 2.5
 TRY_WAIT: Final = 0.2
 ARM_SECONDS: Final = 5.0
 """How long a server wrapper may take to answer."""
+FRESH_MS: Final = 10_000
+"""A berth seen longer ago is not counted on, by the coordinator neither."""
 READ_SECONDS: Final = 30.0
 """How long reading one migration's whole log may take."""
 
@@ -75,12 +78,29 @@ async def services(bus: Bus) -> ServicesReply:
     return await ask(bus, subjects.SERVICES, ServicesRequest(), ServicesReply)
 
 
+def reported(reply: ServicesReply, *, since_ms: int = 0) -> list[Placement]:
+    """The services whose berth an agent has seen since then (Unix time); by default in the hour that berths are kept.
+
+    The log goes on to know a service that is gone for good, for as long as it has its last move.
+    """
+    seen = {(one.service, one.node, one.berth) for one in reply.berths if one.seen_ms >= since_ms}
+    return [one for one in reply.services if (one.service, one.place.node, one.place.berth) in seen]
+
+
+def present(reply: ServicesReply) -> list[Placement]:
+    """The services whose berth an agent sees now."""
+    return reported(reply, since_ms=time.time_ns() // 1_000_000 - FRESH_MS)
+
+
 async def the_service(bus: Bus, name: str | None) -> Placement:
     """The placement of the service ``name``, or of the only one when None.
 
     Raises FerryError ``unknown_service`` when there is none, ``usage`` when there are several to choose from.
     """
-    known = (await services(bus)).services
+    reply = await services(bus)
+    known = reply.services
+    if name is None:  # if no agent reports anything, what is known has to do
+        known = present(reply) or reported(reply) or known
     if name is None and len(known) == 1:
         return known[0]
     names = ", ".join(sorted(placement.service for placement in known))

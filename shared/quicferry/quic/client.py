@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import socket
 import ssl
@@ -204,15 +203,21 @@ def client_configuration(
     alpn: Sequence[str] = ALPN,
     idle_timeout: float = 60.0,
 ) -> QuicConfiguration:
-    """QUIC settings of a client. Raises FerryError ``bad_settings`` if ``cafile`` can't be read."""
+    """QUIC settings of a client. Raises FerryError ``bad_settings`` if ``cafile`` has no certificate."""
     configuration = QuicConfiguration(
         is_client=True, alpn_protocols=list(alpn), server_name=server_name, idle_timeout=idle_timeout
     )
     if not verify:
         configuration.verify_mode = ssl.CERT_NONE
     if cafile is not None:
-        if not os.access(cafile, os.R_OK):
-            raise FerryError("bad_settings", f"The certificate file {cafile} can't be read.")
+        try:  # aioquic would read it in the middle of the handshake, and fail there
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile)
+        except OSError as error:  # ssl.SSLError is one
+            raise FerryError(
+                "bad_settings",
+                f"The certificate file {cafile} can't be read: {error.strerror or error}.",
+                hint="It is the server's certificate, or its CA's, in PEM.",
+            ) from None
         configuration.load_verify_locations(cafile=cafile)
     return configuration
 
@@ -243,6 +248,8 @@ async def connect(
     the five settings after it. Raises FerryError ``connect_failed`` within ``timeout`` seconds or ``bad_settings``.
     """
     client = _client_name(name)
+    if not 1 <= port <= 65_535:
+        raise FerryError("bad_settings", f"{port} is no UDP port.", hint="A port is a number from 1 to 65535.")
     configuration = configuration or client_configuration(
         cafile=cafile, verify=verify, server_name=server_name, alpn=alpn
     )

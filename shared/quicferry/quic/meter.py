@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, Final
 
 import msgspec
@@ -15,6 +15,8 @@ from quicferry.quic.migration import Migration, Outcome
 
 KEPT: Final = 65_536
 """Instants of good data kept: how far back a measured pause can reach."""
+MEASURED: Final = 1_024
+"""Moves kept for :attr:`Meter.pauses`: a client may live for years, and the demo makes up to a thousand."""
 
 
 class Pause(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,15 +43,17 @@ class Meter:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._good: deque[float] = deque(maxlen=KEPT)
-        self._measured: list[tuple[Migration, float]] = []
+        self._measured: deque[tuple[Migration, float]] = deque(maxlen=MEASURED)
 
     def good(self) -> list[Pause]:
         """Note good data now. Returns the moves whose end it showed, each once; the server is told of them too."""
         self._good.append(time.monotonic())
-        known = {migration.id for migration, _ in self._measured}
+        newest = self._measured[-1][0] if self._measured else None
+        # They end in the order in which they began: only those after the last one measured can be new.
+        later = list(takewhile(lambda one: one is not newest, reversed(self._connection.migrations)))
         new = []
-        for migration in self._connection.migrations:
-            if migration.id in known or migration.ended_at is None or migration.outcome == "replaced":
+        for migration in reversed(later):
+            if migration.ended_at is None or migration.outcome == "replaced":
                 continue
             interruption_ms = self._interruption(migration, migration.ended_at)
             self._measured.append((migration, interruption_ms))
@@ -60,7 +64,7 @@ class Meter:
 
     @property
     def pauses(self) -> list[Pause]:
-        """All moves measured so far, with what the trace says by now."""
+        """The moves measured so far, the last 1,024 of them, with what the trace says by now."""
         return [self._pause(migration, interruption_ms) for migration, interruption_ms in self._measured]
 
     def _interruption(self, migration: Migration, ended: float) -> float:
