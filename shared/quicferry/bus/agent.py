@@ -112,7 +112,10 @@ class Agent:
         await self._ready.wait()
 
     async def run(self, settings: NatsSettings) -> None:
-        """Serve until cancelled; waits for NATS as long as it takes."""
+        """Serve until cancelled; waits for NATS as long as it takes.
+
+        Raises the FerryErrors of ``Bus.ended`` (in a group) when NATS has thrown the agent out: it would be deaf.
+        """
         try:
             async with Bus.connect(f"quicferry-{self._role}-agent", settings, wait=True) as bus:
                 event_log = await EventLog.open(bus)
@@ -127,7 +130,7 @@ class Agent:
                         if self._leftovers is not None:
                             group.create_task(tidy(event_log, self._leftovers, self._works_on), name="tidy")
                         try:
-                            await asyncio.Event().wait()
+                            await bus.ended()
                         finally:
                             await self._finish()
         finally:
