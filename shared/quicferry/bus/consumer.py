@@ -20,6 +20,7 @@ from nats.aio.subscription import Subscription
 from nats.js import api
 
 from quicferry.bus.connection import Bus
+from quicferry.bus.refusals import refused
 from quicferry.protocol.errors import FerryError
 
 log = structlog.get_logger()
@@ -129,7 +130,7 @@ async def _check_stream(bus: Bus, stream: str, from_seq: int) -> None:
     except nats.js.errors.NotFoundError:
         raise StreamGoneError(f"The stream {stream} is gone.") from None
     except nats.js.errors.APIError as error:
-        raise FerryError("nats_unreachable", f"JetStream refused: {error.description}.") from error
+        raise refused(error) from error
     if info.state.last_seq < from_seq - 1:
         raise StreamGoneError(
             f"The stream {stream} ends at {info.state.last_seq}, but {from_seq - 1} was read from it before."
@@ -187,7 +188,7 @@ class _Consumer:
         except nats.js.errors.APIError as error:
             if error.err_code == _STREAM_NOT_FOUND:
                 raise StreamGoneError(f"The stream {self._stream} is gone.") from None
-            raise FerryError("nats_unreachable", f"JetStream refused: {error.description}.") from error
+            raise refused(error) from error
         self._made = True
         self.pending = info.num_pending or 0
         await self._pull()

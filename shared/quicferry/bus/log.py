@@ -13,6 +13,7 @@ from nats.js import api
 
 from quicferry.bus import consumer
 from quicferry.bus.connection import Bus
+from quicferry.bus.refusals import WRONG_LAST_SEQUENCE, refused
 from quicferry.bus.streams import ensure_stream
 from quicferry.protocol import events as ev
 from quicferry.protocol import subjects, wire
@@ -29,7 +30,6 @@ DUPLICATE_WINDOW: Final = 120.0
 ATTEMPTS: Final = 5
 PUBLISH_SECONDS: Final = 2.0
 FIRST_WAIT: Final = 0.05
-_WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 
 
 class Entry(NamedTuple):
@@ -79,7 +79,7 @@ class EventLog:
         try:
             return (await self._publish(event, {})).seq
         except nats.js.errors.APIError as error:
-            raise _refused(error) from error
+            raise refused(error) from error
 
     async def decide(self, event: Decision, *, after: int) -> int:
         """Write a decision, if the newest one of its migration is still entry ``after`` (0: there is none).
@@ -91,8 +91,8 @@ class EventLog:
             if not ack.duplicate:
                 return ack.seq
         except nats.js.errors.APIError as error:
-            if error.err_code not in _WRONG_LAST_SEQUENCE:
-                raise _refused(error) from error
+            if error.err_code not in WRONG_LAST_SEQUENCE:
+                raise refused(error) from error
         # Either another coordinator was first, or it is our own, whose answer was lost on the way.
         newest = await self._newest_decision(event.id)
         entry = newest and _decode(*newest)
@@ -152,7 +152,7 @@ class EventLog:
             try:
                 return int((await self._bus.js.stream_info(subjects.LOG_STREAM)).state.last_seq)
             except nats.js.errors.APIError as error:
-                raise _refused(error) from error
+                raise refused(error) from error
 
     async def _publish(self, event: AnyEvent, headers: dict[str, str]) -> api.PubAck:
         headers = {api.Header.MSG_ID: ev.message_id(event), **headers}
@@ -189,7 +189,7 @@ class EventLog:
             except nats.js.errors.NotFoundError:
                 return None
             except nats.js.errors.APIError as error:
-                raise _refused(error) from error
+                raise refused(error) from error
         return found.subject or "", found.data or b"", found.seq or 0
 
 
@@ -212,7 +212,3 @@ def _decode(subject: str, data: bytes, seq: int) -> Entry | None:
         log.warning("log_entry_misplaced", id=event.id, seq=seq, subject=subject, kind=ev.kind(event))
         return None
     return Entry(seq, event)
-
-
-def _refused(error: nats.js.errors.APIError) -> FerryError:
-    return FerryError("nats_unreachable", f"JetStream refused: {error.description}.")

@@ -14,6 +14,7 @@ from nats.js.kv import KV_OP, KeyValue
 
 from quicferry.bus import consumer
 from quicferry.bus.connection import Bus
+from quicferry.bus.refusals import WRONG_LAST_SEQUENCE, refused
 from quicferry.bus.streams import ensure_bucket
 from quicferry.protocol import subjects, wire
 from quicferry.protocol.api import Berth, Placement
@@ -131,7 +132,7 @@ class Registry:
         if holder is None or holder.id != migration:
             return
         # A conflict means that somebody else gave it back, or took it over, in between.
-        with contextlib.suppress(nats.js.errors.BadRequestError):
+        with contextlib.suppress(nats.js.errors.KeyWrongLastSequenceError):
             async with self._using(subjects.LOCK_BUCKET, service):
                 await self._locks.delete(service, last=revision)
 
@@ -145,8 +146,15 @@ class Registry:
 
     @contextlib.asynccontextmanager
     async def _using(self, bucket: str, key: str) -> AsyncIterator[None]:
-        async with self._bus.within(SECONDS, f"$KV.{bucket}.{key}", f"using the bucket {bucket}"):
-            yield
+        try:
+            async with self._bus.within(SECONDS, f"$KV.{bucket}.{key}", f"using the bucket {bucket}"):
+                yield
+        except nats.js.errors.KeyValueError:  # not found, or changed meanwhile: that is for the caller
+            raise
+        except nats.js.errors.APIError as error:
+            if error.err_code in WRONG_LAST_SEQUENCE:  # nats-py leaves it as it is when it deletes
+                raise nats.js.errors.KeyWrongLastSequenceError(error.description) from error
+            raise refused(error, f"the bucket {bucket}") from error
 
     async def _all(self, bucket: str, kind: type[T]) -> list[T]:
         found: list[T] = []
