@@ -226,6 +226,29 @@ async def test_nobody_looks_at_berths_in_the_middle_of_a_move(
             await looks.get()
 
 
+async def test_where_there_is_always_a_move_berths_are_reported_all_the_same(
+    nats_server: NatsServer, bus: Bus, event_log: EventLog, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would pass for gone, and no service could be moved any more."""
+    monkeypatch.setattr(agent_module, "BERTH_INTERVAL", 0.01)
+    monkeypatch.setattr(agent_module, "QUIET", 3600.0)
+    monkeypatch.setattr(agent_module, "OVERDUE", 0.1, raising=False)
+    looks: asyncio.Queue[str] = asyncio.Queue()
+
+    async def berths() -> list[Berth]:
+        looks.put_nowait("look")
+        return []
+
+    async with running(nats_server, steps, berths):
+        await ask(bus, "restore")
+        await steps.running.wait()
+        async with asyncio.timeout(WAIT):
+            for _ in range(looks.qsize() + 3):
+                await looks.get()
+        steps.go_on.set()
+        await seen(event_log, "restore.restored")
+
+
 async def test_events_of_a_step_that_ended_without_nats_are_published_when_it_is_back(
     agent: Agent, nats_server: NatsServer, bus: Bus, event_log: EventLog, steps: Steps
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final, Literal
@@ -36,6 +37,9 @@ BERTH_INTERVAL: Final = 2.0
 """Seconds between two looks at the berths when nothing happens."""
 QUIET: Final = 5.0
 """Seconds after a migration's last step in which nobody looks at the berths: podman is busy for milliseconds then."""
+OVERDUE: Final = 5.0
+"""Seconds after which the berths are looked at all the same: there may always be a migration under way, and what was
+not reported for 10 s is not counted on. No sooner, since the look may fall into a pause."""
 LAST_VERBS: Final = frozenset({"release", "resume", "abort"})
 MAX_RUNS: Final = 512
 """Steps remembered, so that their repeats are recognised."""
@@ -236,10 +240,11 @@ class Agent:
                 self._unpublished.task_done()
 
     async def _report(self, registry: Registry) -> None:
-        said = ""
+        said, looked = "", -math.inf
         while self._berths is not None:
             self._look.clear()
-            if not self._busy():
+            if not self._busy() or time.monotonic() - looked >= OVERDUE:
+                looked = time.monotonic()
                 said = await self._report_once(registry, self._berths, said)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BERTH_INTERVAL):
