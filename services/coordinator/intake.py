@@ -21,6 +21,7 @@ from quicferry.protocol.api import (
     CancelRequest,
     MigrateReply,
     MigrateRequest,
+    MigrationStatus,
     Placement,
     ServicesReply,
     ServicesRequest,
@@ -29,7 +30,7 @@ from quicferry.protocol.api import (
 )
 from quicferry.protocol.errors import FerryError
 from services.coordinator import places
-from services.coordinator.book import Book, read_state, status_of
+from services.coordinator.book import Book, read_book
 from services.coordinator.driver import now_ms
 
 log = structlog.get_logger()
@@ -78,7 +79,7 @@ class Intake:
             await self._log.decide(requested, after=0)
             await faults.at("coordinator.requested")
         except FerryError as error:
-            state = await read_state(self._log, migration)
+            state = (await read_book(self._log, migration)).state(migration)
             # The same id may have been asked for a moment ago; then this lock is its own, for as long as it runs.
             if state is None or state.outcome is not None or state.request.service != request.service:
                 await self._registry.unlock(request.service, migration)
@@ -114,7 +115,7 @@ class Intake:
         holder = await self._registry.lock_holder(request.service)
         if holder is None:
             return None
-        state = self._book.state(holder.id) or await read_state(self._log, holder.id)
+        state = self._book.state(holder.id) or (await read_book(self._log, holder.id)).state(holder.id)
         if state is None:
             if self._orphaned(holder.id):
                 log.warning("lock_taken_over", id=migration, service=request.service, holder=holder.id)
@@ -143,7 +144,7 @@ class Intake:
     async def cancel(self, request: CancelRequest) -> CancelReply:
         """Ask the log to turn back. Raises FerryError ``unknown_migration`` or ``too_late``."""
         await self._caught_up()
-        state = await self._known(request.id)
+        state, _ = await self._known(request.id)
         if state.outcome is None and state.reason is None:
             seq = await self._log.append(ev.CancelAsked(id=request.id, at_ms=now_ms()))
             await self._caught_up(seq)  # the log's order says which came first, this or the commit
@@ -160,9 +161,9 @@ class Intake:
         """One migration, or the newest ones first. Raises FerryError ``unknown_migration``."""
         await self._caught_up()
         if request.id is not None:
-            return StatusReply(migrations=[status_of(await self._known(request.id))], leader=self._leader)
-        states = self._book.newest(request.limit, request.service)
-        return StatusReply(migrations=[status_of(state) for state in states], leader=self._leader)
+            _, status = await self._known(request.id)
+            return StatusReply(migrations=[status], leader=self._leader)
+        return StatusReply(migrations=self._book.newest(request.limit, request.service), leader=self._leader)
 
     async def services(self, request: ServicesRequest) -> ServicesReply:
         """Where every service is, and every berth."""
@@ -182,16 +183,17 @@ class Intake:
             async with asyncio.timeout(CAUGHT_UP_SECONDS):
                 await self._book.reached(seq)
 
-    async def _known(self, migration: str) -> State:
-        state = self._book.state(migration) or await read_state(self._log, migration)
-        if state is None:
+    async def _known(self, migration: str) -> tuple[State, MigrationStatus]:
+        book = self._book if self._book.state(migration) else await read_book(self._log, migration)
+        state, status = book.state(migration), book.status(migration)
+        if state is None or status is None:
             raise FerryError(
                 "unknown_migration",
                 f"No migration {migration!r} is in the log.",
                 hint="'quicferry status' lists the newest ones.",
                 path="$.id",
             )
-        return state
+        return state, status
 
 
 def _make_id(service: str) -> str:
