@@ -67,6 +67,11 @@ class Book:
         self.passed(entry.seq)
         return taken
 
+    @property
+    def seq(self) -> int:
+        """Up to which entry the log has been taken or passed over."""
+        return self._seq
+
     def passed(self, seq: int) -> None:
         """Nothing up to entry ``seq`` is still to come."""
         self._seq = max(self._seq, seq)

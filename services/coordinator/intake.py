@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from typing import Final
@@ -79,9 +78,14 @@ class Intake:
             await self._log.decide(requested, after=0)
             await faults.at("coordinator.requested")
         except FerryError as error:
-            state = (await read_book(self._log, migration)).state(migration)
+            known = await self._caught_up()
+            state = self._book.state(migration) or (await read_book(self._log, migration)).state(migration)
             # The same id may have been asked for a moment ago; then this lock is its own, for as long as it runs.
-            if state is None or state.outcome is not None or state.request.service != request.service:
+            if state is None:  # what is read may lag behind the log
+                over = known and error.code != "log_conflict"
+            else:
+                over = state.outcome is not None or state.request.service != request.service
+            if over:
                 await self._registry.unlock(request.service, migration)
             if state is not None and error.code == "log_conflict":
                 return _again(request, state.request)
@@ -176,12 +180,18 @@ class Intake:
                 placements[service] = logged
         return ServicesReply(services=places.services(berths, placements, now_ms()), berths=berths)
 
-    async def _caught_up(self, seq: int | None = None) -> None:
-        """Know at least what the log held when we were asked: who saw a migration end may ask for the next one."""
+    async def _caught_up(self, seq: int | None = None) -> bool:
+        """Know at least what the log held when we were asked: who saw a migration end may ask for the next one.
+
+        False if that took too long; then the answer is what is known by now.
+        """
         seq = await self._log.last_seq() if seq is None else seq
-        with contextlib.suppress(TimeoutError):  # then the answer is what is known by now
+        try:
             async with asyncio.timeout(CAUGHT_UP_SECONDS):
                 await self._book.reached(seq)
+        except TimeoutError:
+            return False
+        return True
 
     async def _known(self, migration: str) -> tuple[State, MigrationStatus]:
         book = self._book if self._book.state(migration) else await read_book(self._log, migration)

@@ -84,9 +84,12 @@ async def follow(bus: Bus, stream: str, subject: str, *, from_seq: int = 1) -> A
             wait = min(wait * 2, LONGEST_WAIT)
 
 
-async def replay(bus: Bus, stream: str, subject: str) -> AsyncGenerator[Message, None]:
-    """Every message that is there now, in order, then the end. Raises the FerryErrors of ``Bus.within``."""
-    from_seq, attempt = 1, 1
+async def replay(bus: Bus, stream: str, subject: str, *, from_seq: int = 1) -> AsyncGenerator[Message, None]:
+    """Every message from ``from_seq`` on that is there now, in order, then the end.
+
+    In a cluster the replica that is read may not have the newest ones yet. Raises the FerryErrors of ``Bus.within``.
+    """
+    attempt = 1
     while True:
         try:
             async with _consumer(bus, stream, subject, from_seq=from_seq) as consumer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Final, NamedTuple
 
 import nats.js.errors
@@ -117,15 +117,21 @@ class EventLog:
         """The whole history of one migration, in order; empty if there is none."""
         return [entry async for entry in self.replay(migration=migration)]
 
-    async def replay(self, *, migration: str | None = None) -> AsyncIterator[Entry]:
-        """What is in the log now, in order, of one migration or of all; then it ends."""
-        messages = consumer.replay(self._bus, subjects.LOG_STREAM, _filter(migration))
-        async with contextlib.aclosing(messages):
-            async for message in messages:
-                if entry := _entry_of(message):
-                    yield entry
+    def replay(
+        self,
+        *,
+        migration: str | None = None,
+        from_seq: int = 1,
+        skipped: Callable[[int], None] | None = None,
+    ) -> AsyncGenerator[Entry, None]:
+        """What is in the log now, in order, of one migration or of all; then it ends.
 
-    async def follow(
+        ``skipped`` as in :meth:`follow`. With replicas it may end before :meth:`last_seq`: the one read from may lag.
+        """
+        messages = consumer.replay(self._bus, subjects.LOG_STREAM, _filter(migration), from_seq=from_seq)
+        return _entries(messages, skipped)
+
+    def follow(
         self,
         *,
         migration: str | None = None,
@@ -138,21 +144,17 @@ class EventLog:
         order. Close it (``contextlib.aclosing``) when done.
         """
         messages = consumer.follow(self._bus, subjects.LOG_STREAM, _filter(migration), from_seq=from_seq)
-        async with contextlib.aclosing(messages):
-            async for message in messages:
-                if entry := _entry_of(message):
-                    yield entry
-                elif skipped is not None:
-                    skipped(message.seq)
+        return _entries(messages, skipped)
 
     async def last_seq(self) -> int:
         """The newest entry's number; 0 in an empty log."""
         subject = f"{self._bus.settings.jetstream_prefix}.STREAM.INFO.{subjects.LOG_STREAM}"
         async with self._bus.within(PUBLISH_SECONDS, subject, "looking at the log"):
             try:
-                return int((await self._bus.js.stream_info(subjects.LOG_STREAM)).state.last_seq)
+                state = (await self._bus.js.stream_info(subjects.LOG_STREAM)).state
             except nats.js.errors.APIError as error:
                 raise refused(error) from error
+        return int(state.last_seq) if state.messages else 0  # what was purged is still counted
 
     async def _publish(self, event: AnyEvent, headers: dict[str, str]) -> api.PubAck:
         headers = {api.Header.MSG_ID: ev.message_id(event), **headers}
@@ -197,8 +199,15 @@ def _filter(migration: str | None) -> str:
     return subjects.LOG_ALL if migration is None else subjects.log_of(migration)
 
 
-def _entry_of(message: consumer.Message) -> Entry | None:
-    return _decode(message.subject, message.data, message.seq)
+async def _entries(
+    messages: AsyncGenerator[consumer.Message, None], skipped: Callable[[int], None] | None
+) -> AsyncGenerator[Entry, None]:
+    async with contextlib.aclosing(messages):
+        async for message in messages:
+            if entry := _decode(message.subject, message.data, message.seq):
+                yield entry
+            elif skipped is not None:
+                skipped(message.seq)
 
 
 def _decode(subject: str, data: bytes, seq: int) -> Entry | None:
