@@ -21,7 +21,10 @@ KEPT_ENDED: Final = 1000
 
 
 class Verdict(NamedTuple):
-    """Where the newest ended migration of a service left it: newer than any sighting from before ``at_ms``."""
+    """Where the newest ended migration of a service left it: newer than any sighting from before ``at_ms``.
+
+    That is by NATS's clock, as sightings are.
+    """
 
     occupied: Place
     empty: Place
@@ -91,7 +94,7 @@ class Book:
         if state.committed and (before is None or not before.committed):
             self._note_placement(state)
         if state.outcome is not None and (before is None or before.outcome is None):
-            self._note_end(state, event.at_ms)
+            self._note_end(state, entry.at_ms)
         return Taken(entry, before, state, commands)
 
     def _note_placement(self, state: State) -> None:

@@ -11,11 +11,10 @@ import structlog
 
 from quicferry import faults
 from quicferry.bus.log import EventLog
-from quicferry.bus.registry import Registry
+from quicferry.bus.registry import Registry, Sighted
 from quicferry.migration.machine import Phase, State
 from quicferry.protocol import events as ev
 from quicferry.protocol.api import (
-    Berth,
     CancelReply,
     CancelRequest,
     MigrateReply,
@@ -93,12 +92,11 @@ class Intake:
         return _reply(requested)
 
     async def _choose(self, request: MigrateRequest, migration: str) -> ev.Requested:
-        berths, placement = await self._where(request.service)
-        now = now_ms()
+        (berths, now), placement = await self._where(request.service)
         source = places.source(request.service, berths, placement, now)
         return ev.Requested(
             id=migration,
-            at_ms=now,
+            at_ms=now_ms(),
             service=request.service,
             source=source,
             target=places.target(request.service, request.to, source, berths, now),
@@ -106,13 +104,17 @@ class Intake:
             options=request.options,
         )
 
-    async def _where(self, service: str) -> tuple[list[Berth], Placement | None]:
-        berths = places.corrected(await self._registry.berths(), self._book.verdict)
+    async def _where(self, service: str) -> tuple[Sighted, Placement | None]:
+        sighted = await self._sighted()
         placement = (await self._registry.placement(service)).placement
         logged = self._book.placements().get(service)
         if placement is None or (logged is not None and logged.epoch > placement.epoch):
             placement = logged  # the bucket is the log's cache, and may lag
-        return berths, placement
+        return sighted, placement
+
+    async def _sighted(self) -> Sighted:
+        berths, now = await self._registry.sighted()
+        return Sighted(places.corrected(berths, self._book.verdict), now)
 
     async def _held(self, request: MigrateRequest, migration: str) -> MigrateReply | None:
         """Somebody has the lock: the answer for the same id, an error for a live one, None when it is worth a try."""
@@ -173,12 +175,12 @@ class Intake:
         """Where every service is, and every berth."""
         del request  # it has no fields
         await self._caught_up()
-        berths = places.corrected(await self._registry.berths(), self._book.verdict)
+        berths, now = await self._sighted()
         placements = {placement.service: placement for placement in await self._registry.placements()}
         for service, logged in self._book.placements().items():
             if service not in placements or placements[service].epoch < logged.epoch:
                 placements[service] = logged
-        return ServicesReply(services=places.services(berths, placements, now_ms()), berths=berths)
+        return ServicesReply(services=places.services(berths, placements, now), berths=berths)
 
     async def _caught_up(self, seq: int | None = None) -> bool:
         """Know at least what the log held when we were asked: who saw a migration end may ask for the next one.

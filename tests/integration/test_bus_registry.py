@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from msgspec.structs import replace
 from nats.js.errors import NoKeysError
 from nats.js.kv import KeyValue
 
 from quicferry.bus.connection import Bus
-from quicferry.bus.registry import Lock, Registry
+from quicferry.bus.registry import Lock, Registry, now_ms
 from quicferry.protocol import subjects
 from quicferry.protocol.api import Address, Berth, Place, Placement
 from quicferry.protocol.errors import FerryError
@@ -39,12 +40,28 @@ def placed(name: str, epoch: int) -> Placement:
     )
 
 
+async def undated(registry: Registry) -> list[Berth]:
+    return [replace(found, seen_ms=1) for found in await registry.berths()]
+
+
 async def test_berths_newest_report_only(registry: Registry) -> None:
-    assert await registry.berths() == []
+    assert await undated(registry) == []
     await registry.put_berth(berth("b"))
     await registry.put_berth(berth("a"))
-    await registry.put_berth(berth("b", occupied=True, seen_ms=2))
-    assert await registry.berths() == [berth("a"), berth("b", occupied=True, seen_ms=2)]
+    await registry.put_berth(berth("b", occupied=True))
+    assert await undated(registry) == [berth("a"), berth("b", occupied=True)]
+
+
+@pytest.mark.parametrize("skew_ms", [-3_600_000, 0, 3_600_000])
+async def test_a_sighting_is_as_old_as_it_is_whatever_the_clock_of_its_host(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, skew_ms: int
+) -> None:
+    monkeypatch.setattr("quicferry.bus.registry.now_ms", lambda: now_ms() + skew_ms)
+    await registry.put_berth(berth("a", seen_ms=now_ms() + skew_ms - 600_000))
+    await registry.put_berth(berth("b", seen_ms=now_ms() + skew_ms))
+    (a, b), now = await registry.sighted()
+    assert 600_000 <= now - a.seen_ms < 660_000
+    assert now - b.seen_ms < 60_000
 
 
 async def test_an_unreadable_berth_hides_no_other(bus: Bus, registry: Registry) -> None:
@@ -53,7 +70,7 @@ async def test_an_unreadable_berth_hides_no_other(bus: Bus, registry: Registry) 
     await registry.put_berth(berth("a"))
     await kv.put("local.gone", b"{}")
     await kv.delete("local.gone")
-    assert await registry.berths() == [berth("a")]
+    assert await undated(registry) == [berth("a")]
 
 
 async def test_placement_is_compare_and_set(registry: Registry) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Final, NamedTuple
@@ -45,6 +46,8 @@ class Message(NamedTuple):
     seq: int
     pending: int
     """How many more there were when the server sent this one."""
+    at_ms: int
+    """When NATS stored it, by its own clock (Unix time, milliseconds)."""
 
 
 class StreamGoneError(FerryError):
@@ -106,8 +109,11 @@ async def replay(bus: Bus, stream: str, subject: str, *, from_seq: int = 1) -> A
             attempt += 1
 
 
-async def latest(bus: Bus, stream: str, subject: str) -> list[Message]:
-    """The last message of each subject under ``subject``. Raises the FerryErrors of ``Bus.within``."""
+async def latest(bus: Bus, stream: str, subject: str) -> tuple[list[Message], int]:
+    """The last message of each subject under ``subject``, and what time it is by NATS's clock, as ``at_ms``.
+
+    Raises the FerryErrors of ``Bus.within``.
+    """
     attempt = 1
     while True:
         found: list[Message] = []
@@ -117,7 +123,7 @@ async def latest(bus: Bus, stream: str, subject: str) -> list[Message]:
                 while left > 0:
                     found.append(await consumer.next())
                     left = min(left - 1, found[-1].pending)
-                return found
+                return found, consumer.made_ms
         except _Broken as why:
             if attempt == REPLAY_ATTEMPTS:
                 raise FerryError("nats_unreachable", f"Reading {stream} was interrupted: {why}.") from None
@@ -138,6 +144,10 @@ async def _check_stream(bus: Bus, stream: str, from_seq: int) -> None:
         raise StreamGoneError(
             f"The stream {stream} ends at {info.state.last_seq}, but {from_seq - 1} was read from it before."
         )
+
+
+def _ms(time: datetime.datetime) -> int:
+    return int(time.timestamp() * 1000)
 
 
 @contextlib.asynccontextmanager
@@ -168,6 +178,7 @@ class _Consumer:
         self._made = False
         self._poked = False
         self.pending = 0
+        self.made_ms = 0
 
     async def open(self, subject: str, from_seq: int, last_per_subject: bool) -> None:
         api_subject = f"{self._bus.settings.jetstream_prefix}.CONSUMER.CREATE.{self._stream}.{self._name}.{subject}"
@@ -194,6 +205,7 @@ class _Consumer:
             raise refused(error) from error
         self._made = True
         self.pending = info.num_pending or 0
+        self.made_ms = _ms(info.created)
         await self._pull()
 
     async def close(self) -> None:
@@ -241,7 +253,8 @@ class _Consumer:
         self._left -= 1
         if self._left == 0:
             await self._pull()
-        return Message(got.subject, got.data, got.headers, meta.sequence.stream, meta.num_pending)
+        at_ms = _ms(meta.timestamp)
+        return Message(got.subject, got.data, got.headers, meta.sequence.stream, meta.num_pending, at_ms)
 
     async def _pull(self) -> None:
         self._left = BATCH

@@ -32,11 +32,16 @@ PUBLISH_SECONDS: Final = 2.0
 FIRST_WAIT: Final = 0.05
 
 
-class Entry(NamedTuple):
-    """``seq`` is the entry's number in the whole log: what is later has a larger one."""
-
+class _Entry(NamedTuple):
     seq: int
     event: AnyEvent
+
+
+class Entry(_Entry):
+    """``seq`` is the entry's number in the whole log: what is later has a larger one."""
+
+    at_ms: int = 0
+    """When NATS stored it, by its own clock (Unix time, milliseconds). The event's is by its writer's."""
 
 
 class EventLog:
@@ -205,6 +210,7 @@ async def _entries(
     async with contextlib.aclosing(messages):
         async for message in messages:
             if entry := _decode(message.subject, message.data, message.seq):
+                entry.at_ms = message.at_ms
                 yield entry
             elif skipped is not None:
                 skipped(message.seq)

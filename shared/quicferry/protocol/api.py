@@ -137,11 +137,18 @@ class Berth(msgspec.Struct, frozen=True, kw_only=True):
     container: str
     image: str
     seen_ms: Count
-    """Unix time, in milliseconds."""
+    """Unix time, in milliseconds: in its bucket by the agent's clock, in the coordinator's answer by NATS's."""
 
     @property
     def place(self) -> Place:
         return Place(node=self.node, berth=self.berth, address=self.address)
+
+
+class BerthReport(Berth, frozen=True, kw_only=True):
+    """A berth as its bucket has it."""
+
+    age_ms: Count = 0
+    """How long before it was reported it was seen, by the agent's clock alone; NATS knows when it was reported."""
 
 
 class ServicesRequest(msgspec.Struct, frozen=True, kw_only=True):
