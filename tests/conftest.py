@@ -93,6 +93,11 @@ class NatsServer:
             self._process.wait(timeout=10)
             self._process = None
 
+    def reload(self, config: str) -> None:
+        """Have the running server take another configuration; it says nothing when it has."""
+        self._config.write_text(config)
+        os.kill(self.pid, signal.SIGHUP)
+
     async def restart(self) -> None:
         self.stop()
         await self.start()

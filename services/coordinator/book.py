@@ -6,6 +6,7 @@ import asyncio
 from typing import Final, NamedTuple
 
 import structlog
+from msgspec.structs import replace
 
 from quicferry.bus.log import Entry, EventLog
 from quicferry.migration.commands import Command
@@ -16,11 +17,14 @@ from quicferry.protocol.api import MigrationStatus, Place, Placement
 log = structlog.get_logger()
 
 KEPT_ENDED: Final = 1000
-"""Ended migrations held in memory; older ones are read from the log when asked for."""
+"""Ended migrations held in memory, without their clients' names; older ones are read from the log when asked for."""
 
 
 class Verdict(NamedTuple):
-    """Where the newest ended migration of a service left it: newer than any sighting from before ``at_ms``."""
+    """Where the newest ended migration of a service left it: newer than any sighting from before ``at_ms``.
+
+    That is by NATS's clock, as sightings are.
+    """
 
     occupied: Place
     empty: Place
@@ -43,7 +47,7 @@ class Book:
     def __init__(self) -> None:
         self._states: dict[str, State] = {}
         self._decided: dict[str, int] = {}
-        self._ended: dict[str, None] = {}
+        self._ended: dict[str, MigrationStatus] = {}
         self._broken: set[str] = set()
         self._verdicts: dict[str, Verdict] = {}
         self._placements: dict[str, Placement] = {}
@@ -66,6 +70,11 @@ class Book:
         self.passed(entry.seq)
         return taken
 
+    @property
+    def seq(self) -> int:
+        """Up to which entry the log has been taken or passed over."""
+        return self._seq
+
     def passed(self, seq: int) -> None:
         """Nothing up to entry ``seq`` is still to come."""
         self._seq = max(self._seq, seq)
@@ -85,7 +94,7 @@ class Book:
         if state.committed and (before is None or not before.committed):
             self._note_placement(state)
         if state.outcome is not None and (before is None or before.outcome is None):
-            self._note_end(state, event.at_ms)
+            self._note_end(state, entry.at_ms)
         return Taken(entry, before, state, commands)
 
     def _note_placement(self, state: State) -> None:
@@ -100,14 +109,22 @@ class Book:
             self._verdicts[request.service] = Verdict(request.target, request.source, at_ms)
         elif state.outcome == "rolled_back":
             self._verdicts[request.service] = Verdict(request.source, request.target, at_ms)
-        self._ended[request.id] = None
+        self._ended[request.id] = status_of(state)
+        # Each client is named twice: a thousand moves of thousands of clients would not fit.
+        self._states[request.id] = replace(state, acks=frozenset(), arrived=frozenset())
         while len(self._ended) > KEPT_ENDED:
             oldest = next(iter(self._ended))
             del self._ended[oldest], self._states[oldest]
             self._decided.pop(oldest, None)
 
     def state(self, migration: str) -> State | None:
+        """Once it has ended, without its clients' names."""
         return self._states.get(migration)
+
+    def status(self, migration: str) -> MigrationStatus | None:
+        """As the public API tells it."""
+        state = self._states.get(migration)
+        return self._ended.get(migration) or (status_of(state) if state else None)
 
     def last_decision(self, migration: str) -> int:
         """The number of the newest decision's entry; 0 when there is none."""
@@ -116,10 +133,10 @@ class Book:
     def unfinished(self) -> list[State]:
         return [s for s in self._states.values() if s.outcome is None and s.request.id not in self._broken]
 
-    def newest(self, limit: int, service: str | None = None) -> list[State]:
+    def newest(self, limit: int, service: str | None = None) -> list[MigrationStatus]:
         """The newest first."""
         fitting = [s for s in self._states.values() if service in (None, s.request.service)]
-        return fitting[::-1][:limit]
+        return [self._ended.get(s.request.id) or status_of(s) for s in fitting[::-1][:limit]]
 
     def verdict(self, service: str) -> Verdict | None:
         return self._verdicts.get(service)
@@ -141,12 +158,12 @@ class Book:
             self._waiting.discard(waiting)
 
 
-async def read_state(event_log: EventLog, migration: str) -> State | None:
-    """One migration's state from the log itself: for those the book no longer holds, or does not hold yet."""
+async def read_book(event_log: EventLog, migration: str) -> Book:
+    """One migration from the log itself: for those the book no longer holds, or does not hold yet."""
     book = Book()
     for entry in await event_log.read(migration):
         book.take(entry)
-    return book.state(migration)
+    return book
 
 
 def placement_of(state: State) -> Placement:

@@ -19,6 +19,8 @@ log = structlog.get_logger()
 
 CATCH_UP_SECONDS: Final = 30.0
 AGAIN: Final = 0.1
+LAG_TRIES: Final = 30
+"""To read as far as the log goes, if it has replicas, and the one that is read lags behind."""
 
 Actor = Callable[[Taken], None]
 
@@ -35,15 +37,22 @@ class Follower:
 
     async def run(self) -> None:
         """Ends only by an error or by being cancelled."""
-        seq, entries = await self._log.last_seq(), 0
-        async for entry in self._log.replay():
-            self._book.take(entry)
-            seq, entries = max(seq, entry.seq), entries + 1
-        self._book.passed(seq)  # the last ones may be unreadable, or have left the log
+        last, entries = await self._log.last_seq(), 0
+        for _ in range(LAG_TRIES):
+            async for entry in self._log.replay(from_seq=self._book.seq + 1, skipped=self._book.passed):
+                self._book.take(entry)
+                entries += 1
+            if self._book.seq >= last:
+                break
+            await asyncio.sleep(AGAIN)
+        else:
+            log.warning("log_end_missing", last_seq=last, read=self._book.seq)
+        read = self._book.seq
+        self._book.passed(last)  # the last ones have left the log, or still come: nobody waits for them here
         unfinished = [state.request.id for state in self._book.unfinished()]
         log.info("log_replayed", entries=entries, unfinished=unfinished)
         self.ready.set()
-        follow = self._log.follow(from_seq=seq + 1, skipped=self._book.passed)
+        follow = self._log.follow(from_seq=read + 1, skipped=self._book.passed)
         async with contextlib.aclosing(follow) as coming:
             async for entry in coming:
                 taken = self._book.take(entry)

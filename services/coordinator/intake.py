@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from typing import Final
@@ -12,16 +11,16 @@ import structlog
 
 from quicferry import faults
 from quicferry.bus.log import EventLog
-from quicferry.bus.registry import Registry
+from quicferry.bus.registry import Registry, Sighted
 from quicferry.migration.machine import Phase, State
 from quicferry.protocol import events as ev
 from quicferry.protocol.agents import ARE_YOU_THERE
 from quicferry.protocol.api import (
-    Berth,
     CancelReply,
     CancelRequest,
     MigrateReply,
     MigrateRequest,
+    MigrationStatus,
     Placement,
     ServicesReply,
     ServicesRequest,
@@ -30,7 +29,7 @@ from quicferry.protocol.api import (
 )
 from quicferry.protocol.errors import FerryError
 from services.coordinator import places
-from services.coordinator.book import Book, read_state, status_of
+from services.coordinator.book import Book, read_book
 from services.coordinator.driver import now_ms
 
 log = structlog.get_logger()
@@ -86,9 +85,14 @@ class Intake:
             await self._log.decide(requested, after=0)
             await faults.at("coordinator.requested")
         except FerryError as error:
-            state = await read_state(self._log, migration)
+            known = await self._caught_up()
+            state = self._book.state(migration) or (await read_book(self._log, migration)).state(migration)
             # The same id may have been asked for a moment ago; then this lock is its own, for as long as it runs.
-            if state is None or state.outcome is not None or state.request.service != request.service:
+            if state is None:  # what is read may lag behind the log
+                over = known and error.code != "log_conflict"
+            else:
+                over = state.outcome is not None or state.request.service != request.service
+            if over:
                 await self._registry.unlock(request.service, migration)
             if state is not None and error.code == "log_conflict":
                 return _again(request, state.request)
@@ -96,12 +100,11 @@ class Intake:
         return _reply(requested)
 
     async def _choose(self, request: MigrateRequest, migration: str) -> ev.Requested:
-        berths, placement = await self._where(request.service)
-        now = now_ms()
+        (berths, now), placement = await self._where(request.service)
         source = places.source(request.service, berths, placement, now)
         return ev.Requested(
             id=migration,
-            at_ms=now,
+            at_ms=now_ms(),
             service=request.service,
             source=source,
             target=places.target(request.service, request.to, source, berths, now),
@@ -109,20 +112,24 @@ class Intake:
             options=request.options,
         )
 
-    async def _where(self, service: str) -> tuple[list[Berth], Placement | None]:
-        berths = places.corrected(await self._registry.berths(), self._book.verdict)
+    async def _where(self, service: str) -> tuple[Sighted, Placement | None]:
+        sighted = await self._sighted()
         placement = (await self._registry.placement(service)).placement
         logged = self._book.placements().get(service)
         if placement is None or (logged is not None and logged.epoch > placement.epoch):
             placement = logged  # the bucket is the log's cache, and may lag
-        return berths, placement
+        return sighted, placement
+
+    async def _sighted(self) -> Sighted:
+        berths, now = await self._registry.sighted()
+        return Sighted(places.corrected(berths, self._book.verdict), now)
 
     async def _held(self, request: MigrateRequest, migration: str) -> MigrateReply | None:
         """Somebody has the lock: the answer for the same id, an error for a live one, None when it is worth a try."""
         holder = await self._registry.lock_holder(request.service)
         if holder is None:
             return None
-        state = self._book.state(holder.id) or await read_state(self._log, holder.id)
+        state = self._book.state(holder.id) or (await read_book(self._log, holder.id)).state(holder.id)
         if state is None:
             if self._orphaned(holder.id):
                 log.warning("lock_taken_over", id=migration, service=request.service, holder=holder.id)
@@ -151,7 +158,7 @@ class Intake:
     async def cancel(self, request: CancelRequest) -> CancelReply:
         """Ask the log to turn back. Raises FerryError ``unknown_migration`` or ``too_late``."""
         await self._caught_up()
-        state = await self._known(request.id)
+        state, _ = await self._known(request.id)
         if state.outcome is None and state.reason is None:
             seq = await self._log.append(ev.CancelAsked(id=request.id, at_ms=now_ms()))
             await self._caught_up(seq)  # the log's order says which came first, this or the commit
@@ -168,38 +175,45 @@ class Intake:
         """One migration, or the newest ones first. Raises FerryError ``unknown_migration``."""
         await self._caught_up()
         if request.id is not None:
-            return StatusReply(migrations=[status_of(await self._known(request.id))], leader=self._leader)
-        states = self._book.newest(request.limit, request.service)
-        return StatusReply(migrations=[status_of(state) for state in states], leader=self._leader)
+            _, status = await self._known(request.id)
+            return StatusReply(migrations=[status], leader=self._leader)
+        return StatusReply(migrations=self._book.newest(request.limit, request.service), leader=self._leader)
 
     async def services(self, request: ServicesRequest) -> ServicesReply:
         """Where every service is, and every berth."""
         del request  # it has no fields
         await self._caught_up()
-        berths = places.corrected(await self._registry.berths(), self._book.verdict)
+        berths, now = await self._sighted()
         placements = {placement.service: placement for placement in await self._registry.placements()}
         for service, logged in self._book.placements().items():
             if service not in placements or placements[service].epoch < logged.epoch:
                 placements[service] = logged
-        return ServicesReply(services=places.services(berths, placements, now_ms()), berths=berths)
+        return ServicesReply(services=places.services(berths, placements, now), berths=berths)
 
-    async def _caught_up(self, seq: int | None = None) -> None:
-        """Know at least what the log held when we were asked: who saw a migration end may ask for the next one."""
+    async def _caught_up(self, seq: int | None = None) -> bool:
+        """Know at least what the log held when we were asked: who saw a migration end may ask for the next one.
+
+        False if that took too long; then the answer is what is known by now.
+        """
         seq = await self._log.last_seq() if seq is None else seq
-        with contextlib.suppress(TimeoutError):  # then the answer is what is known by now
+        try:
             async with asyncio.timeout(CAUGHT_UP_SECONDS):
                 await self._book.reached(seq)
+        except TimeoutError:
+            return False
+        return True
 
-    async def _known(self, migration: str) -> State:
-        state = self._book.state(migration) or await read_state(self._log, migration)
-        if state is None:
+    async def _known(self, migration: str) -> tuple[State, MigrationStatus]:
+        book = self._book if self._book.state(migration) else await read_book(self._log, migration)
+        state, status = book.state(migration), book.status(migration)
+        if state is None or status is None:
             raise FerryError(
                 "unknown_migration",
                 f"No migration {migration!r} is in the log.",
                 hint="'quicferry status' lists the newest ones.",
                 path="$.id",
             )
-        return state
+        return state, status
 
 
 def _make_id(service: str) -> str:

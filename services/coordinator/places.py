@@ -12,7 +12,7 @@ from quicferry.protocol.errors import FerryError
 from services.coordinator.book import Verdict
 
 FRESH_MS: Final = 10_000
-"""A berth whose agent has not reported it for longer than this can't be counted on."""
+"""A berth whose agent has not reported it for longer than this can't be counted on. All times here are NATS's."""
 
 
 def same(one: Place, other: Place) -> bool:

@@ -72,7 +72,7 @@ class System:
         log = await EventLog.open(bus)
         seen: list[ev.AnyEvent] = []
         async with asyncio.timeout(PATIENCE), contextlib.aclosing(log.follow(migration=migration)) as entries:
-            async for _, event in entries:
+            async for _, event, _ in entries:
                 seen.append(event)
                 if isinstance(event, ev.Completed | ev.RolledBack | ev.Failed):
                     break

@@ -89,7 +89,7 @@ class Node:
     async def event(self, migration: str, kind: type[E]) -> E:
         """Wait for an event of the kind; a failure that was not asked for fails the test."""
         async with asyncio.timeout(WAIT), contextlib.aclosing(self.log.follow(migration=migration)) as entries:
-            async for _, event in entries:
+            async for _, event, _ in entries:
                 if isinstance(event, kind):
                     return event
                 assert not isinstance(event, events.CheckpointFailed | events.RestoreFailed), event
@@ -98,7 +98,7 @@ class Node:
     async def failure(self, migration: str) -> events.CheckpointFailed | events.RestoreFailed:
         """Wait until a step has failed."""
         async with asyncio.timeout(WAIT), contextlib.aclosing(self.log.follow(migration=migration)) as entries:
-            async for _, event in entries:
+            async for _, event, _ in entries:
                 if isinstance(event, events.CheckpointFailed | events.RestoreFailed):
                     return event
         raise AssertionError("the log ended")
@@ -156,7 +156,7 @@ async def test_a_move_there_and_back_with_every_request_repeated(node: Node) -> 
                 await node.event(request.id, kind)
                 await node.ask(step, request)  # after it is done
             assert await client.ask(there, "moved") == number
-            kinds = [events.kind(event) for _, event in await node.log.read(request.id)]
+            kinds = [events.kind(entry.event) for entry in await node.log.read(request.id)]
             assert kinds == [
                 "checkpoint.prepared",
                 "restore.prepared",
@@ -230,7 +230,7 @@ async def test_a_berth_that_podman_wrongly_takes_for_running_is_in_nobodys_way(n
 
 
 async def _until(entries: AsyncIterator[Entry], last: type[events.Event]) -> AsyncIterator[events.Event]:
-    async for _, event in entries:
+    async for _, event, _ in entries:
         yield event
         if isinstance(event, last):
             return

@@ -234,7 +234,7 @@ class World:
         return there[0] if len(there) == 1 else ""
 
     async def events(self, migration: str) -> list[ev.AnyEvent]:
-        return [event for _, event in await self.log.read(migration)]
+        return [entry.event for entry in await self.log.read(migration)]
 
     async def seen(self, migration: str, kind: type[ev.Event]) -> None:
         """Until the migration's log has an event of the kind."""

@@ -37,6 +37,7 @@ MESSAGES: Final = (
     api.ServicesReply,
     api.Placement,
     api.Berth,
+    api.BerthReport,
     api.ErrorReply,
     agents.AgentRequest,
     agents.Accepted,

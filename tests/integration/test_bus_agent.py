@@ -226,6 +226,29 @@ async def test_nobody_looks_at_berths_in_the_middle_of_a_move(
             await looks.get()
 
 
+async def test_where_there_is_always_a_move_berths_are_reported_all_the_same(
+    nats_server: NatsServer, bus: Bus, event_log: EventLog, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would pass for gone, and no service could be moved any more."""
+    monkeypatch.setattr(agent_module, "BERTH_INTERVAL", 0.01)
+    monkeypatch.setattr(agent_module, "QUIET", 3600.0)
+    monkeypatch.setattr(agent_module, "OVERDUE", 0.1, raising=False)
+    looks: asyncio.Queue[str] = asyncio.Queue()
+
+    async def berths() -> list[Berth]:
+        looks.put_nowait("look")
+        return []
+
+    async with running(nats_server, steps, berths):
+        await ask(bus, "restore")
+        await steps.running.wait()
+        async with asyncio.timeout(WAIT):
+            for _ in range(looks.qsize() + 3):
+                await looks.get()
+        steps.go_on.set()
+        await seen(event_log, "restore.restored")
+
+
 async def test_events_of_a_step_that_ended_without_nats_are_published_when_it_is_back(
     agent: Agent, nats_server: NatsServer, bus: Bus, event_log: EventLog, steps: Steps
 ) -> None:
@@ -236,6 +259,43 @@ async def test_events_of_a_step_that_ended_without_nats_are_published_when_it_is
     agent.accept("resume", request())
     await nats_server.start()
     await seen(event_log, "restore.restored", "restore.resumed")
+
+
+LOGIN = "authorization { users = [{ user: u, password: %s }] }"
+
+
+@pytest_asyncio.fixture
+async def rotating(tmp_path: Path) -> AsyncIterator[NatsServer]:
+    """A server that knows the user ``u`` by the password ``old``."""
+    server = NatsServer(tmp_path, LOGIN % "old")
+    await server.start()
+    yield server
+    server.stop()
+
+
+async def test_an_agent_that_nats_throws_out_ends(rotating: NatsServer, steps: Steps) -> None:
+    """It would be deaf for ever: nats-py does not connect again after such an error."""
+    made = Agent(
+        "restore",
+        "n1",
+        {verb: lambda _, verb=verb: steps.step(verb) for verb in subjects.RESTORE_VERBS},  # type: ignore[misc]
+        close=steps.close,
+    )
+    running = asyncio.create_task(made.run(NatsSettings.load(f"nats://u:old@127.0.0.1:{rotating.port}")))
+    async with asyncio.timeout(WAIT):
+        await made.ready()
+        made.accept("restore", request())
+        await steps.running.wait()
+        rotating.reload(LOGIN % "new")
+        with pytest.raises(ExceptionGroup) as caught:
+            await running
+    (error,) = caught.value.exceptions
+    assert isinstance(error, FerryError)
+    assert error.code == "nats_denied"
+    assert "for good" in error.message
+    assert error.hint
+    assert steps.closed
+    assert steps.calls == ["restore", "cancelled"]
 
 
 async def test_a_step_that_is_stuck_ends_and_a_later_attempt_runs(

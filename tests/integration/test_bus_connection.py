@@ -182,6 +182,25 @@ async def test_a_connection_lost_before_it_is_closed_is_closed_whole(
     assert subscription._wait_for_msgs_task.cancelling() or subscription._wait_for_msgs_task.done()
 
 
+async def test_the_end_is_told_even_if_something_was_still_to_be_sent(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nats-py fails over that half-way, and whoever waits for the end would wait for ever."""
+
+    def writelines(data: object) -> None:
+        raise TypeError("'NoneType' object is not callable")
+
+    async with Bus.connect("test", NatsSettings.load(nats_server.url), wait=True) as bus:
+        monkeypatch.setattr(bus.nats._transport, "writelines", writelines)
+        await bus.nats._process_err("'Maximum Connections Exceeded'")  # as if it had come from the server
+        bus.nats._pending, bus.nats._pending_data_size = [b"PUB x 1\r\nx\r\n"], 12
+        async with asyncio.timeout(5):
+            with pytest.raises(FerryError) as caught:
+                await bus.ended()
+    assert caught.value.code == "nats_unreachable"
+    assert "Maximum Connections Exceeded" in caught.value.message
+
+
 async def _ignore(message: object) -> None:
     """Nobody sends it anything."""
 

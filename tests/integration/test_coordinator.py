@@ -217,6 +217,31 @@ async def test_stale_reports_do_not_mislead(
     assert (reply.source.berth, reply.target.berth) == ("b", "a")
 
 
+@pytest.mark.parametrize("skew_ms", [-3_600_000, 3_600_000])
+async def test_the_coordinators_clock_may_be_wrong(
+    bus: Bus,
+    event_log: EventLog,
+    registry: Registry,
+    node: Node,
+    coordinator: None,
+    monkeypatch: pytest.MonkeyPatch,
+    skew_ms: int,
+) -> None:
+    """Neither how fresh a berth is nor what is older, a sighting or the log's verdict, is told by it."""
+    for where in ("intake", "driver"):
+        monkeypatch.setattr(f"services.coordinator.{where}.now_ms", lambda: now_ms() + skew_ms)
+    before = now_ms()
+    assert decisions(await ended(event_log, (await migrate(bus)).id)) == HAPPY
+    await registry.put_berth(berth("a", occupied=True, seen_ms=before))
+    await registry.put_berth(berth("b", occupied=False, seen_ms=before))
+    reply = await migrate(bus)
+    assert (reply.source.berth, reply.target.berth) == ("b", "a")
+    await ended(event_log, reply.id)
+    await node.report()
+    found = await bus.request(subjects.SERVICES, ServicesRequest(), ServicesReply, timeout=5)
+    assert [berth.occupied for berth in found.berths] == [True, False]
+
+
 async def test_pre_copy_rounds(bus: Bus, event_log: EventLog, node: Node, coordinator: None) -> None:
     options = Options(pre_copy_rounds=3)
     reply = await migrate(bus, options=options)

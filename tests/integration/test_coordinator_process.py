@@ -19,6 +19,7 @@ from quicferry.migration.replay import replay
 from quicferry.protocol import events as ev
 from tests.conftest import NatsServer
 from tests.integration.scripted import LIMIT, Node
+from tests.integration.test_bus_agent import LOGIN
 from tests.integration.test_coordinator import BACK, HAPPY, decisions, ended, migrate, seen, unlocked
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +183,19 @@ async def test_it_waits_for_nats_and_stops_while_it_waits(nats_server: NatsServe
         nats_server.stop()
         await patient.says("nats_disconnected")
         assert await patient.stop() == 0
+
+
+async def test_it_ends_when_nats_throws_it_out(tmp_path: Path) -> None:
+    """Whoever supervises it starts it again; deaf, it would help nobody."""
+    server = NatsServer(tmp_path, LOGIN % "old")
+    await server.start()
+    try:
+        async with process(server, NATS_URL=f"nats://u:old@127.0.0.1:{server.port}") as running:
+            server.reload(LOGIN % "new")
+            assert "nats_denied" in await running.says("ended")
+            assert await running.wait() == 1
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:4222", "nats://127.0.0.1:port", "nats://"])

@@ -274,6 +274,8 @@ async def test_the_echo_server_makes_its_own_certificate(tmp_path: Path) -> None
     [
         ({"QUICFERRY_PORT": "seventy"}, "is not a port"),
         ({"MIGRATE_ADDR": "nowhere"}, "is not an address"),
+        ({"MIGRATE_ADDR": "localhost:4242"}, "is not an address"),
+        ({"MIGRATE_ADDR": "0.0.0.0:4242"}, "is not an address"),
         ({"QUICFERRY_SERVICE": "no spaces"}, "can't name a service"),
         ({"QUICFERRY_HOST": "192.0.2.1"}, "Can't listen"),
         ({"QUICFERRY_CERT": "/dev/null", "QUICFERRY_KEY": "/dev/null"}, "can't be used"),

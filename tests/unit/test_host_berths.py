@@ -38,6 +38,11 @@ def test_ipv6_addresses_may_be_in_brackets() -> None:
         (berths.LABEL_PORT, "many"),
         (berths.LABEL_ADDRESS, "127.0.0.1"),
         (berths.LABEL_ADDRESS, "127.0.0.1:99999"),
+        (berths.LABEL_ADDRESS, "localhost:4242"),
+        (berths.LABEL_ADDRESS, "berth.example:4242"),
+        (berths.LABEL_ADDRESS, "0.0.0.0:4242"),
+        (berths.LABEL_ADDRESS, "[::]:4242"),
+        (berths.LABEL_ADDRESS, "127.0.0:4242"),
     ],
 )
 def test_a_wrong_label_is_named_with_what_is_right(label: str, value: str) -> None:
@@ -46,3 +51,10 @@ def test_a_wrong_label_is_named_with_what_is_right(label: str, value: str) -> No
     assert caught.value.code == "bad_request"
     assert "c0ffee" in caught.value.message
     assert berths.LABEL_ADDRESS in caught.value.hint
+
+
+def test_an_address_is_told_from_a_name() -> None:
+    with pytest.raises(FerryError) as caught:
+        berths.facts({**GOOD, berths.LABEL_ADDRESS: "localhost:4242"}, container="c", image="i", init_pid=42)
+    assert "'localhost' is not an IP address literal" in caught.value.message
+    assert "$.address" in caught.value.message

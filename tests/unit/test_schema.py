@@ -54,6 +54,7 @@ def messages_of(module: Any) -> set[type]:
         if isinstance(value, type)
         and issubclass(value, msgspec.Struct)
         and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
         and value not in (events.Event, api.Address, api.Place, api.Options, api.MigrationStatus)
     }
 
@@ -148,6 +149,19 @@ def test_a_berth_is_named_as_the_log_can_name_it() -> None:
         with pytest.raises(FerryError) as caught:
             wire.decode(json.dumps({**berth, field: "a.b"}).encode(), api.Berth)
         assert caught.value.path == f"$.{field}"
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:4242", "0.0.0.0", "::", "::ffff:0.0.0.0", "[::1]", "1.2.3"])
+def test_an_address_is_one_that_a_client_would_go_to(host: str) -> None:
+    """They refuse anything else, and the server then leaves without any of them."""
+    place = {"node": "n", "berth": "b", "address": {"host": host, "port": 1}}
+    with pytest.raises(FerryError) as caught:
+        wire.decode(json.dumps(place).encode(), api.Place)
+    assert (caught.value.code, caught.value.path) == ("bad_request", "$.address")
+    assert host in caught.value.message
+    # What a client hears is for its policy to refuse, with an ack.
+    line = json.dumps({"type": "migrate", "id": "m1", "addr": host, "port": 1}).encode()
+    assert wire.decode(line, control.Migrate).address.host == host
 
 
 def test_a_refusal_is_short_whatever_it_refuses() -> None:

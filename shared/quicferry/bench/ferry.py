@@ -114,7 +114,7 @@ class Ferry:
         log = await EventLog.open(self._bus)
         seen: list[ev.AnyEvent] = []
         async with asyncio.timeout(MOVE_SECONDS), contextlib.aclosing(log.follow(migration=migration)) as entries:
-            async for _, event in entries:
+            async for _, event, _ in entries:
                 seen.append(event)
                 if isinstance(event, ev.RolledBack | ev.Failed):
                     raise FerryError("setup_failed", f"The move {migration} did not complete: {event.reason.message}")

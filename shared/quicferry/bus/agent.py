@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final, Literal
@@ -36,6 +37,9 @@ BERTH_INTERVAL: Final = 2.0
 """Seconds between two looks at the berths when nothing happens."""
 QUIET: Final = 5.0
 """Seconds after a migration's last step in which nobody looks at the berths: podman is busy for milliseconds then."""
+OVERDUE: Final = 5.0
+"""Seconds after which the berths are looked at all the same: there may always be a migration under way, and what was
+not reported for 10 s is not counted on. No sooner, since the look may fall into a pause."""
 LAST_VERBS: Final = frozenset({"release", "resume", "abort"})
 MAX_RUNS: Final = 512
 """Steps remembered, so that their repeats are recognised."""
@@ -112,7 +116,10 @@ class Agent:
         await self._ready.wait()
 
     async def run(self, settings: NatsSettings) -> None:
-        """Serve until cancelled; waits for NATS as long as it takes."""
+        """Serve until cancelled; waits for NATS as long as it takes.
+
+        Raises the FerryErrors of ``Bus.ended`` (in a group) when NATS has thrown the agent out: it would be deaf.
+        """
         try:
             async with Bus.connect(f"quicferry-{self._role}-agent", settings, wait=True) as bus:
                 event_log = await EventLog.open(bus)
@@ -127,7 +134,7 @@ class Agent:
                         if self._leftovers is not None:
                             group.create_task(tidy(event_log, self._leftovers, self._works_on), name="tidy")
                         try:
-                            await asyncio.Event().wait()
+                            await bus.ended()
                         finally:
                             await self._finish()
         finally:
@@ -233,10 +240,11 @@ class Agent:
                 self._unpublished.task_done()
 
     async def _report(self, registry: Registry) -> None:
-        said = ""
+        said, looked = "", -math.inf
         while self._berths is not None:
             self._look.clear()
-            if not self._busy():
+            if not self._busy() or time.monotonic() - looked >= OVERDUE:
+                looked = time.monotonic()
                 said = await self._report_once(registry, self._berths, said)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BERTH_INTERVAL):

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
 import nats.errors
@@ -34,6 +34,15 @@ CLOSE_SECONDS: Final = 0.5
 _DENIED = re.compile(r"permissions violation for (?P<verb>publish|subscription)[^\"]*\"(?P<subject>[^\"]*)\"")
 
 
+class _Client(Client):
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        # What is left now nobody waits for. nats-py would write it once more, and on a connection that is lost that
+        # fails (asyncio's writelines() is a TypeError in Python 3.12 and 3.13): then nats-py would stay half closed,
+        # and tell nobody.
+        self._pending, self._pending_data_size = [], 0
+        await super()._close(status, do_cbs)
+
+
 class Bus:
     """Owns one connection. Made by :meth:`connect` only.
 
@@ -46,7 +55,7 @@ class Bus:
         self.settings = settings
         self.patience = 30.0 if wait else 2.0
         """Seconds to wait for JetStream to come up behind a connection."""
-        self.nats = Client()
+        self.nats: Client = _Client()
         self.js: JetStreamContext
         self.closed = asyncio.Event()
         self.on_reconnect: set[Callable[[], None]] = set()
@@ -157,9 +166,6 @@ class Bus:
                     if self.nats.is_connected:
                         await self.sync()
         finally:
-            # What is left now nobody waits for. nats-py would write it once more, and on a connection that is lost
-            # asyncio's writelines() is a TypeError (Python 3.12 and 3.13): then nats-py would stay half closed.
-            self.nats._pending, self.nats._pending_data_size = [], 0
             # The assertion is nats-py's where connecting never began, and would hide why: credentials of no use.
             with contextlib.suppress(nats.errors.Error, OSError, TimeoutError, AssertionError):
                 async with asyncio.timeout(CLOSE_SECONDS):
@@ -238,6 +244,18 @@ class Bus:
         await self._settled.wait()
         if self.closed.is_set():
             raise self._unreachable(self.nats.last_error)
+
+    async def ended(self) -> NoReturn:
+        """Wait until the connection has ended for good. Raises FerryError ``nats_denied`` or ``nats_unreachable``."""
+        await self.closed.wait()
+        error = self.nats.last_error
+        why = str(error).removeprefix("nats: ") if error else "no reason was given"
+        raise FerryError(
+            "nats_denied" if isinstance(error, nats.errors.AuthorizationError) else "nats_unreachable",
+            f"NATS at {self.settings.shown} ended the connection for good: {why}.",
+            hint=f"A restart connects anew. The settings came from {self.settings.origin}: do its user, password, "
+            "token or credentials still hold?",
+        )
 
     @contextlib.asynccontextmanager
     async def within(self, seconds: float, subject: str, what: str) -> AsyncIterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Final, NamedTuple
@@ -20,6 +21,7 @@ from nats.aio.subscription import Subscription
 from nats.js import api
 
 from quicferry.bus.connection import Bus
+from quicferry.bus.refusals import refused
 from quicferry.protocol.errors import FerryError
 
 log = structlog.get_logger()
@@ -44,6 +46,8 @@ class Message(NamedTuple):
     seq: int
     pending: int
     """How many more there were when the server sent this one."""
+    at_ms: int
+    """When NATS stored it, by its own clock (Unix time, milliseconds)."""
 
 
 class StreamGoneError(FerryError):
@@ -83,9 +87,12 @@ async def follow(bus: Bus, stream: str, subject: str, *, from_seq: int = 1) -> A
             wait = min(wait * 2, LONGEST_WAIT)
 
 
-async def replay(bus: Bus, stream: str, subject: str) -> AsyncGenerator[Message, None]:
-    """Every message that is there now, in order, then the end. Raises the FerryErrors of ``Bus.within``."""
-    from_seq, attempt = 1, 1
+async def replay(bus: Bus, stream: str, subject: str, *, from_seq: int = 1) -> AsyncGenerator[Message, None]:
+    """Every message from ``from_seq`` on that is there now, in order, then the end.
+
+    In a cluster the replica that is read may not have the newest ones yet. Raises the FerryErrors of ``Bus.within``.
+    """
+    attempt = 1
     while True:
         try:
             async with _consumer(bus, stream, subject, from_seq=from_seq) as consumer:
@@ -102,8 +109,11 @@ async def replay(bus: Bus, stream: str, subject: str) -> AsyncGenerator[Message,
             attempt += 1
 
 
-async def latest(bus: Bus, stream: str, subject: str) -> list[Message]:
-    """The last message of each subject under ``subject``. Raises the FerryErrors of ``Bus.within``."""
+async def latest(bus: Bus, stream: str, subject: str) -> tuple[list[Message], int]:
+    """The last message of each subject under ``subject``, and what time it is by NATS's clock, as ``at_ms``.
+
+    Raises the FerryErrors of ``Bus.within``.
+    """
     attempt = 1
     while True:
         found: list[Message] = []
@@ -113,7 +123,7 @@ async def latest(bus: Bus, stream: str, subject: str) -> list[Message]:
                 while left > 0:
                     found.append(await consumer.next())
                     left = min(left - 1, found[-1].pending)
-                return found
+                return found, consumer.made_ms
         except _Broken as why:
             if attempt == REPLAY_ATTEMPTS:
                 raise FerryError("nats_unreachable", f"Reading {stream} was interrupted: {why}.") from None
@@ -129,11 +139,15 @@ async def _check_stream(bus: Bus, stream: str, from_seq: int) -> None:
     except nats.js.errors.NotFoundError:
         raise StreamGoneError(f"The stream {stream} is gone.") from None
     except nats.js.errors.APIError as error:
-        raise FerryError("nats_unreachable", f"JetStream refused: {error.description}.") from error
+        raise refused(error) from error
     if info.state.last_seq < from_seq - 1:
         raise StreamGoneError(
             f"The stream {stream} ends at {info.state.last_seq}, but {from_seq - 1} was read from it before."
         )
+
+
+def _ms(time: datetime.datetime) -> int:
+    return int(time.timestamp() * 1000)
 
 
 @contextlib.asynccontextmanager
@@ -164,6 +178,7 @@ class _Consumer:
         self._made = False
         self._poked = False
         self.pending = 0
+        self.made_ms = 0
 
     async def open(self, subject: str, from_seq: int, last_per_subject: bool) -> None:
         api_subject = f"{self._bus.settings.jetstream_prefix}.CONSUMER.CREATE.{self._stream}.{self._name}.{subject}"
@@ -187,9 +202,10 @@ class _Consumer:
         except nats.js.errors.APIError as error:
             if error.err_code == _STREAM_NOT_FOUND:
                 raise StreamGoneError(f"The stream {self._stream} is gone.") from None
-            raise FerryError("nats_unreachable", f"JetStream refused: {error.description}.") from error
+            raise refused(error) from error
         self._made = True
         self.pending = info.num_pending or 0
+        self.made_ms = _ms(info.created)
         await self._pull()
 
     async def close(self) -> None:
@@ -237,7 +253,8 @@ class _Consumer:
         self._left -= 1
         if self._left == 0:
             await self._pull()
-        return Message(got.subject, got.data, got.headers, meta.sequence.stream, meta.num_pending)
+        at_ms = _ms(meta.timestamp)
+        return Message(got.subject, got.data, got.headers, meta.sequence.stream, meta.num_pending, at_ms)
 
     async def _pull(self) -> None:
         self._left = BATCH

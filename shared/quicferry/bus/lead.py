@@ -15,6 +15,7 @@ import structlog
 from nats.js.kv import KeyValue
 
 from quicferry.bus.connection import Bus
+from quicferry.bus.refusals import refused
 from quicferry.bus.streams import ensure_bucket
 from quicferry.protocol import subjects, wire
 from quicferry.protocol.errors import FerryError
@@ -71,7 +72,7 @@ class LeadLock:
         except nats.js.errors.KeyNotFoundError:
             return Held(None, 0)
         except nats.js.errors.APIError as error:
-            raise _refused(error) from error
+            raise refused(error) from error
         try:
             claim = wire.decode(entry.value or b"", Claim)
         except FerryError as error:
@@ -95,14 +96,10 @@ class LeadLock:
         except nats.js.errors.KeyWrongLastSequenceError:
             raise FerryError("log_conflict", "Another coordinator has taken the lead meanwhile.") from None
         except nats.js.errors.APIError as error:
-            raise _refused(error) from error
+            raise refused(error) from error
 
     @contextlib.asynccontextmanager
     async def _using(self, what: str) -> AsyncIterator[None]:
         subject = f"$KV.{subjects.LEAD_BUCKET}.{subjects.LEAD_KEY}"
         async with self._bus.within(SECONDS, subject, f"{what} who leads"):
             yield
-
-
-def _refused(error: nats.js.errors.APIError) -> FerryError:
-    return FerryError("nats_unreachable", f"JetStream refused: {error.description}.")

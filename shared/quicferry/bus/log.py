@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Final, NamedTuple
 
 import nats.js.errors
@@ -13,6 +13,7 @@ from nats.js import api
 
 from quicferry.bus import consumer
 from quicferry.bus.connection import Bus
+from quicferry.bus.refusals import WRONG_LAST_SEQUENCE, refused
 from quicferry.bus.streams import ensure_stream
 from quicferry.protocol import events as ev
 from quicferry.protocol import subjects, wire
@@ -29,7 +30,6 @@ DUPLICATE_WINDOW: Final = 120.0
 ATTEMPTS: Final = 5
 PUBLISH_SECONDS: Final = 2.0
 FIRST_WAIT: Final = 0.05
-_WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 
 
 class Entry(NamedTuple):
@@ -37,6 +37,8 @@ class Entry(NamedTuple):
 
     seq: int
     event: AnyEvent
+    at_ms: int = 0
+    """When NATS stored it, by its own clock (Unix time, milliseconds). The event's is by its writer's."""
 
 
 class EventLog:
@@ -79,7 +81,7 @@ class EventLog:
         try:
             return (await self._publish(event, {})).seq
         except nats.js.errors.APIError as error:
-            raise _refused(error) from error
+            raise refused(error) from error
 
     async def decide(self, event: Decision, *, after: int) -> int:
         """Write a decision, if the newest one of its migration is still entry ``after`` (0: there is none).
@@ -91,8 +93,8 @@ class EventLog:
             if not ack.duplicate:
                 return ack.seq
         except nats.js.errors.APIError as error:
-            if error.err_code not in _WRONG_LAST_SEQUENCE:
-                raise _refused(error) from error
+            if error.err_code not in WRONG_LAST_SEQUENCE:
+                raise refused(error) from error
         # Either another coordinator was first, or it is our own, whose answer was lost on the way.
         newest = await self._newest_decision(event.id)
         entry = newest and _decode(*newest)
@@ -117,15 +119,21 @@ class EventLog:
         """The whole history of one migration, in order; empty if there is none."""
         return [entry async for entry in self.replay(migration=migration)]
 
-    async def replay(self, *, migration: str | None = None) -> AsyncIterator[Entry]:
-        """What is in the log now, in order, of one migration or of all; then it ends."""
-        messages = consumer.replay(self._bus, subjects.LOG_STREAM, _filter(migration))
-        async with contextlib.aclosing(messages):
-            async for message in messages:
-                if entry := _entry_of(message):
-                    yield entry
+    def replay(
+        self,
+        *,
+        migration: str | None = None,
+        from_seq: int = 1,
+        skipped: Callable[[int], None] | None = None,
+    ) -> AsyncGenerator[Entry, None]:
+        """What is in the log now, in order, of one migration or of all; then it ends.
 
-    async def follow(
+        ``skipped`` as in :meth:`follow`. With replicas it may end before :meth:`last_seq`: the one read from may lag.
+        """
+        messages = consumer.replay(self._bus, subjects.LOG_STREAM, _filter(migration), from_seq=from_seq)
+        return _entries(messages, skipped)
+
+    def follow(
         self,
         *,
         migration: str | None = None,
@@ -138,21 +146,17 @@ class EventLog:
         order. Close it (``contextlib.aclosing``) when done.
         """
         messages = consumer.follow(self._bus, subjects.LOG_STREAM, _filter(migration), from_seq=from_seq)
-        async with contextlib.aclosing(messages):
-            async for message in messages:
-                if entry := _entry_of(message):
-                    yield entry
-                elif skipped is not None:
-                    skipped(message.seq)
+        return _entries(messages, skipped)
 
     async def last_seq(self) -> int:
         """The newest entry's number; 0 in an empty log."""
         subject = f"{self._bus.settings.jetstream_prefix}.STREAM.INFO.{subjects.LOG_STREAM}"
         async with self._bus.within(PUBLISH_SECONDS, subject, "looking at the log"):
             try:
-                return int((await self._bus.js.stream_info(subjects.LOG_STREAM)).state.last_seq)
+                state = (await self._bus.js.stream_info(subjects.LOG_STREAM)).state
             except nats.js.errors.APIError as error:
-                raise _refused(error) from error
+                raise refused(error) from error
+        return int(state.last_seq) if state.messages else 0  # what was purged is still counted
 
     async def _publish(self, event: AnyEvent, headers: dict[str, str]) -> api.PubAck:
         headers = {api.Header.MSG_ID: ev.message_id(event), **headers}
@@ -189,7 +193,7 @@ class EventLog:
             except nats.js.errors.NotFoundError:
                 return None
             except nats.js.errors.APIError as error:
-                raise _refused(error) from error
+                raise refused(error) from error
         return found.subject or "", found.data or b"", found.seq or 0
 
 
@@ -197,8 +201,15 @@ def _filter(migration: str | None) -> str:
     return subjects.LOG_ALL if migration is None else subjects.log_of(migration)
 
 
-def _entry_of(message: consumer.Message) -> Entry | None:
-    return _decode(message.subject, message.data, message.seq)
+async def _entries(
+    messages: AsyncGenerator[consumer.Message, None], skipped: Callable[[int], None] | None
+) -> AsyncGenerator[Entry, None]:
+    async with contextlib.aclosing(messages):
+        async for message in messages:
+            if entry := _decode(message.subject, message.data, message.seq):
+                yield entry._replace(at_ms=message.at_ms)
+            elif skipped is not None:
+                skipped(message.seq)
 
 
 def _decode(subject: str, data: bytes, seq: int) -> Entry | None:
@@ -212,7 +223,3 @@ def _decode(subject: str, data: bytes, seq: int) -> Entry | None:
         log.warning("log_entry_misplaced", id=event.id, seq=seq, subject=subject, kind=ev.kind(event))
         return None
     return Entry(seq, event)
-
-
-def _refused(error: nats.js.errors.APIError) -> FerryError:
-    return FerryError("nats_unreachable", f"JetStream refused: {error.description}.")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
+import nats.js.errors
 from nats.micro.request import ERROR_CODE_HEADER, ERROR_HEADER
 
 from quicferry.protocol import wire
 from quicferry.protocol.api import ErrorReply
 from quicferry.protocol.errors import FerryError
+
+WRONG_LAST_SEQUENCE: Final = (10071, 10164)
+"""JetStream's error codes for a write that expected another last entry."""
 
 
 class Watch:
@@ -32,6 +37,16 @@ def denied(denied: str, what: str) -> FerryError:
         "nats_denied",
         f"NATS refused {denied}: {what} is not permitted.",
         hint="The permissions of the NATS user in the server's configuration decide.",
+    )
+
+
+def refused(error: nats.js.errors.APIError, what: str = "") -> FerryError:
+    """What JetStream itself says no to: a full account, a sealed stream, a disk that fails."""
+    about = f" {what}" if what else ""
+    return FerryError(
+        "nats_unreachable",
+        f"JetStream refused{about}: {error.description}.",
+        hint="'nats stream ls' and 'nats account info' show the limits; the NATS server's log may tell more.",
     )
 
 

@@ -10,13 +10,15 @@ from typing import Final, NamedTuple, TypeVar
 import msgspec
 import nats.js.errors
 import structlog
+from msgspec import structs
 from nats.js.kv import KV_OP, KeyValue
 
 from quicferry.bus import consumer
 from quicferry.bus.connection import Bus
+from quicferry.bus.refusals import WRONG_LAST_SEQUENCE, refused
 from quicferry.bus.streams import ensure_bucket
 from quicferry.protocol import subjects, wire
-from quicferry.protocol.api import Berth, Placement
+from quicferry.protocol.api import Berth, BerthReport, Placement
 from quicferry.protocol.errors import FerryError
 from quicferry.protocol.wire import Count, Name
 
@@ -27,6 +29,11 @@ T = TypeVar("T")
 SECONDS: Final = 2.0
 BERTH_MAX_AGE: Final = 3600.0
 """Seconds after which a berth that no agent reports any more is forgotten."""
+
+
+def now_ms() -> int:
+    """Unix time in milliseconds, by this host's clock."""
+    return time.time_ns() // 1_000_000
 
 
 class Lock(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +47,12 @@ class Placed(NamedTuple):
     placement: Placement | None
     revision: int
     """What :meth:`Registry.place` wants to know; 0 when there is no placement."""
+
+
+class Sighted(NamedTuple):
+    berths: list[Berth]
+    now_ms: int
+    """When they were read. This and their ``seen_ms`` are by NATS's clock, so that no two hosts' need agree."""
 
 
 class Registry:
@@ -65,12 +78,22 @@ class Registry:
         """Report a berth as just seen."""
         key = subjects.berth_key(berth.node, berth.berth)
         async with self._using(subjects.BERTH_BUCKET, key):
-            await self._berths.put(key, wire.encode(berth))
+            await self._bus.ready()  # what is sent while NATS is away would go out whenever it is back
+            age_ms = max(0, now_ms() - berth.seen_ms)
+            await self._berths.put(key, wire.encode(BerthReport(**structs.asdict(berth), age_ms=age_ms)))
 
     async def berths(self) -> list[Berth]:
-        """Every berth reported within the last hour, by node and name; ``seen_ms`` says how fresh it is."""
-        found = await self._all(subjects.BERTH_BUCKET, Berth)
-        return sorted(found, key=lambda berth: (berth.node, berth.berth))
+        """Every berth reported within the last hour, by node and name."""
+        return (await self.sighted()).berths
+
+    async def sighted(self) -> Sighted:
+        """The same, with the time: ``seen_ms`` says how fresh each one is."""
+        reports, now = await self._dated(subjects.BERTH_BUCKET, BerthReport)
+        found = [
+            structs.replace(msgspec.convert(report, Berth, from_attributes=True), seen_ms=max(0, at - report.age_ms))
+            for report, at in reports
+        ]
+        return Sighted(sorted(found, key=lambda berth: (berth.node, berth.berth)), now)
 
     async def placement(self, service: str) -> Placed:
         """Where ``service`` is, and the revision to change that."""
@@ -108,7 +131,7 @@ class Registry:
 
     async def lock(self, service: str, migration: str) -> bool:
         """Take the service's lock for ``migration``; False if another migration has it, True if this one does."""
-        lock = Lock(id=migration, at_ms=time.time_ns() // 1_000_000)
+        lock = Lock(id=migration, at_ms=now_ms())
         try:
             async with self._using(subjects.LOCK_BUCKET, service):
                 await self._locks.create(service, wire.encode(lock))
@@ -131,7 +154,7 @@ class Registry:
         if holder is None or holder.id != migration:
             return
         # A conflict means that somebody else gave it back, or took it over, in between.
-        with contextlib.suppress(nats.js.errors.BadRequestError):
+        with contextlib.suppress(nats.js.errors.KeyWrongLastSequenceError):
             async with self._using(subjects.LOCK_BUCKET, service):
                 await self._locks.delete(service, last=revision)
 
@@ -145,17 +168,29 @@ class Registry:
 
     @contextlib.asynccontextmanager
     async def _using(self, bucket: str, key: str) -> AsyncIterator[None]:
-        async with self._bus.within(SECONDS, f"$KV.{bucket}.{key}", f"using the bucket {bucket}"):
-            yield
+        try:
+            async with self._bus.within(SECONDS, f"$KV.{bucket}.{key}", f"using the bucket {bucket}"):
+                yield
+        except nats.js.errors.KeyValueError:  # not found, or changed meanwhile: that is for the caller
+            raise
+        except nats.js.errors.APIError as error:
+            if error.err_code in WRONG_LAST_SEQUENCE:  # nats-py leaves it as it is when it deletes
+                raise nats.js.errors.KeyWrongLastSequenceError(error.description) from error
+            raise refused(error, f"the bucket {bucket}") from error
 
     async def _all(self, bucket: str, kind: type[T]) -> list[T]:
-        found: list[T] = []
-        for message in await consumer.latest(self._bus, f"KV_{bucket}", f"$KV.{bucket}.>"):
+        return [value for value, _ in (await self._dated(bucket, kind))[0]]
+
+    async def _dated(self, bucket: str, kind: type[T]) -> tuple[list[tuple[T, int]], int]:
+        """Each value with when it was written, and the time now."""
+        found: list[tuple[T, int]] = []
+        messages, now = await consumer.latest(self._bus, f"KV_{bucket}", f"$KV.{bucket}.>")
+        for message in messages:
             headers = message.headers or {}
             if headers.get(KV_OP) or headers.get("Nats-Marker-Reason"):  # deleted, purged or expired
                 continue
             try:
-                found.append(wire.decode(message.data, kind))
+                found.append((wire.decode(message.data, kind), message.at_ms))
             except FerryError as error:  # somebody wrote it by hand, or a newer version did
                 log.warning("bucket_entry_unreadable", bucket=bucket, subject=message.subject, error=str(error))
-        return found
+        return found, now

@@ -11,6 +11,7 @@ from nats.js import api
 from nats.js.kv import KeyValue
 
 from quicferry.bus.connection import Bus
+from quicferry.bus.refusals import refused
 from quicferry.protocol.errors import FerryError
 
 log = structlog.get_logger()
@@ -67,7 +68,7 @@ async def _exists(bus: Bus, name: str) -> bool:
     except nats.js.errors.NotFoundError:
         return False
     except nats.js.errors.APIError as error:
-        raise _refused(name, error) from error
+        raise refused(error, f"the stream {name}") from error
     return True
 
 
@@ -78,8 +79,4 @@ async def _make(bus: Bus, name: str, config: api.StreamConfig) -> None:
             await bus.js.add_stream(config)
     except nats.js.errors.APIError as error:
         # Two services start at once: the other one's, of the same form, answers with success.
-        raise _refused(name, error) from error
-
-
-def _refused(name: str, error: nats.js.errors.APIError) -> FerryError:
-    return FerryError("nats_unreachable", f"JetStream refused the stream {name}: {error.description}.")
+        raise refused(error, f"the stream {name}") from error

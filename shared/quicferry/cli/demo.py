@@ -172,7 +172,7 @@ async def _move(bus: Bus, service: str) -> Report:
     seen: list[ev.AnyEvent] = []
     try:
         async with asyncio.timeout(MOVE_SECONDS), contextlib.aclosing(log.follow(migration=reply.id)) as entries:
-            async for _, event in entries:
+            async for _, event, _ in entries:
                 seen.append(event)
                 if isinstance(event, ev.Completed | ev.RolledBack | ev.Failed):
                     break

@@ -163,8 +163,8 @@ class Move:
         with _progress(self.out) as progress:
             progress.now(self._narrator.phase)
             async with contextlib.aclosing(log.follow(migration=reply.id)) as entries:
-                async for seq, event in entries:
-                    self._take(Entry(seq, event))
+                async for entry in entries:
+                    self._take(Entry(entry.seq, entry.event))
                     progress.now(self._narrator.phase)
                     if self._narrator.outcome is not None:
                         return

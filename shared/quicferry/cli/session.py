@@ -134,7 +134,7 @@ async def read_log(args: argparse.Namespace, migration: str) -> list[Entry]:
     try:
         async with asyncio.timeout(READ_SECONDS), connected(args) as bus:
             log = await EventLog.open(bus)
-            entries = [Entry(*entry) for entry in await log.read(migration)]
+            entries = [Entry(entry.seq, entry.event) for entry in await log.read(migration)]
     except TimeoutError:
         raise FerryError("no_answer", f"The log was not read within {READ_SECONDS:g} s.") from None
     if not entries:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
 
@@ -27,8 +27,7 @@ class _Labels(msgspec.Struct, frozen=True):
     berth: Name
     service: Name
     port: Port
-    host: Annotated[str, msgspec.Meta(min_length=2, max_length=45)]
-    public_port: Port
+    address: Address
 
 
 class BerthFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,8 +85,7 @@ def facts(
         "berth": labels.get(LABEL_BERTH, ""),
         "service": labels.get(LABEL_SERVICE, ""),
         "port": labels.get(LABEL_PORT, ""),
-        "host": host.strip("[]"),
-        "public_port": public,
+        "address": {"host": host.strip("[]"), "port": public},
     }
     try:
         checked = msgspec.convert(raw, _Labels, strict=False)
@@ -102,7 +100,7 @@ def facts(
         name=checked.berth,
         service=checked.service,
         port=checked.port,
-        address=Address(host=checked.host, port=checked.public_port),
+        address=checked.address,
         container=container,
         image=image,
         init_pid=init_pid,

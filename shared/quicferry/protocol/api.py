@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated
 
 import msgspec
@@ -13,10 +14,19 @@ Rounds = Annotated[int, msgspec.Meta(ge=0, le=8)]
 
 
 class Address(msgspec.Struct, frozen=True, kw_only=True):
-    """Where clients reach a berth: an IP address literal and a UDP port."""
+    """Where clients reach a berth: an IP address literal, not the unspecified one, and a UDP port."""
 
     host: Annotated[str, msgspec.Meta(min_length=2, max_length=45)]
     port: Port
+
+    def __post_init__(self) -> None:
+        # Every client refuses to go anywhere else, and a server that leaves closes those who do.
+        try:
+            ip = ipaddress.ip_address(self.host)
+        except ValueError:
+            raise ValueError(f"{self.host!r} is not an IP address literal") from None
+        if (getattr(ip, "ipv4_mapped", None) or ip).is_unspecified:
+            raise ValueError(f"{self.host!r} is the unspecified address, which nobody can send to")
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,11 +137,18 @@ class Berth(msgspec.Struct, frozen=True, kw_only=True):
     container: str
     image: str
     seen_ms: Count
-    """Unix time, in milliseconds."""
+    """Unix time, in milliseconds: in its bucket by the agent's clock, in the coordinator's answer by NATS's."""
 
     @property
     def place(self) -> Place:
         return Place(node=self.node, berth=self.berth, address=self.address)
+
+
+class BerthReport(Berth, frozen=True, kw_only=True):
+    """A berth as its bucket has it."""
+
+    age_ms: Count = 0
+    """How long before it was reported it was seen, by the agent's clock alone; NATS knows when it was reported."""
 
 
 class ServicesRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,6 +32,13 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_f
     """The client's application wants to be told before the freeze and will send ``ready``."""
 
 
+class _Told(Address, frozen=True, kw_only=True):
+    """Where a server sends its client, whatever that is: the client's policy judges it, and a refusal is an ack."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 class Migrate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag="migrate"):
     """Server to client: the server is about to move to ``addr``:``port``."""
 
@@ -44,7 +51,7 @@ class Migrate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 
     @property
     def address(self) -> Address:
-        return Address(host=self.addr, port=self.port)
+        return _Told(host=self.addr, port=self.port)
 
 
 class Ack(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag="ack"):

@@ -30,7 +30,7 @@ MESSAGES: Final[dict[str, tuple[Any, str]]] = {
     "agent_accepted": (agents.Accepted, "quicferry.node.<node>.checkpoint|restore.<verb>, reply"),
     "arm_request": (agents.ArmRequest, "quicferry.server.<service>.arm, request"),
     "arm_reply": (agents.ArmReply, "quicferry.server.<service>.arm, reply"),
-    "berth": (api.Berth, "bucket quicferry_berths, key <node>.<berth>"),
+    "berth": (api.BerthReport, "bucket quicferry_berths, key <node>.<berth>"),
     "placement": (api.Placement, "bucket quicferry_placement, key <service>"),
     "control_from_client": (control.FromClient, "control stream, client to server"),
     "control_from_server": (control.FromServer, "control stream, server to client"),
