@@ -236,11 +236,12 @@ class Target:
         )
         await faults.at("target.resuming")
         queued = dock.queued_bytes
+        if not server.alive:  # it was not woken, and can be restored again
+            raise FerryError("server_gone", "The restored server is gone.", hint="The berth's log says why.")
         server.set_nice(processes.RESUMED_NICE)
         self._note(WOKEN)
         # Before it runs: held, it blocks the signal and finds it waiting, a round trip to CRIU sooner.
-        if not server.signal(signal.SIGUSR2):
-            raise FerryError("server_gone", "The restored server is gone.", hint="The berth's log says why.")
+        server.signal(signal.SIGUSR2)
         if self._criu is not None and self._criu.withheld == "pre-resume":
             await self._criu.finish(True, until="post-resume", timeout=self._phase)
         try:
