@@ -66,17 +66,17 @@ class Process:
     def status(self) -> int | None:
         return self._process.returncode
 
-    async def says(self, event: str) -> str:
-        """The first log line with ``event``, which may have come already."""
+    async def says(self, *events: str) -> str:
+        """The first log line with one of ``events``, which may have come already."""
         async with asyncio.timeout(LIMIT), self._more:
-            await self._more.wait_for(lambda: self._ended or self.said(event))
-        if not (said := self.said(event)):
-            pytest.fail(f"no {event} in: {''.join(self.lines)}")
+            await self._more.wait_for(lambda: self._ended or self.said(*events))
+        if not (said := self.said(*events)):
+            pytest.fail(f"no {' or '.join(events)} in: {''.join(self.lines)}")
         return said[0]
 
-    def said(self, event: str) -> list[str]:
-        """Its log lines with ``event`` so far."""
-        return [line for line in self.lines if _is(line, event)]
+    def said(self, *events: str) -> list[str]:
+        """Its log lines with one of ``events`` so far."""
+        return [line for line in self.lines if any(_is(line, event) for event in events)]
 
     def pause(self) -> None:
         """Stop it as a debugger or a busy host would: it notices nothing, not even that time goes on."""
