@@ -93,7 +93,7 @@ async def test_a_wrong_password_is_told_as_such(tmp_path: Path) -> None:
         server.stop()
 
 
-async def test_refused_permissions_are_told_at_once(tmp_path: Path) -> None:
+async def test_refused_permissions_are_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = NatsServer(tmp_path, RESTRICTED)
     await server.start()
     try:
@@ -103,15 +103,19 @@ async def test_refused_permissions_are_told_at_once(tmp_path: Path) -> None:
         reader = NatsSettings.load(f"nats://reader:pw@127.0.0.1:{server.port}")
         async with Bus.connect("reader", reader, wait=False) as bus:
             log = await EventLog.open(bus)
-            async with asyncio.timeout(1.5):  # below every timeout of the exchanges themselves
+            within = Bus.within
+            monkeypatch.setattr("quicferry.bus.log.PUBLISH_SECONDS", 60.0)
+            monkeypatch.setattr(Bus, "within", lambda bus, _, subject, what: within(bus, 60.0, subject, what))
+            async with asyncio.timeout(20):  # below every timeout of the exchanges themselves
                 for attempt in (
                     log.append(ev.CancelAsked(id="M1", at_ms=1)),
-                    bus.request("quicferry.Status", StatusRequest(), StatusReply, timeout=10),
+                    bus.request("quicferry.Status", StatusRequest(), StatusReply, timeout=60),
                     bus.publish("quicferry.migrate", StatusRequest()),
                 ):
                     with pytest.raises(FerryError) as caught:
                         await attempt
                     assert caught.value.code == "nats_denied"
+            monkeypatch.undo()
         deaf = NatsSettings.load(f"nats://deaf:pw@127.0.0.1:{server.port}")
         async with Bus.connect("deaf", deaf, wait=False) as bus:
             with pytest.raises(FerryError) as caught:
