@@ -45,7 +45,7 @@ async def result(system: System) -> Result:
         # No curve over memory: each size is a service, and the log of the session's system would keep it.
         plan = Plan(moves=1, bulk_moves=0, variants=("source-order", "reconnect", "floor"))
         alternatives = await bench.run(plan, command="")
-        plan = Plan(moves=MOVES, bulk_moves=1, variants=("ferry",), connections=(1, 10), curve_moves=2)
+        plan = Plan(moves=MOVES, bulk_moves=3, variants=("ferry",), connections=(1, 10), curve_moves=3)
         ours = await bench.run(plan, command="")
     assert {container.id for container in system.stack.containers()} == before, "the benchmark left containers"
     return Result(

@@ -88,6 +88,12 @@ def huge_bytes(berth: TestBerth) -> int:
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("ShmemPmdMapped:"))
 
 
+def compact_memory() -> None:
+    """Huge pages are made where the kernel finds room for them: it can move what is in between (sysctl/vm)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/sys/vm/compact_memory").write_text("1", encoding="ascii")
+
+
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="transparent huge pages are missing"
 )
@@ -97,10 +103,16 @@ async def test_the_copy_maps_the_heap_by_huge_pages(port: Harbour, podman: Podma
     with EchoClient() as client:
         await client.ask(here, "first")
         assert not huge_bytes(here)
-        async with Ends(port, podman, here, there) as ends:
-            await ends.move()
-        assert await client.ask(there, "second") == 2
-    assert huge_bytes(there) >= HUGE_PAGE
+        for epoch in (1, 2, 3):  # best effort (madvise(2)): what finds no room at once may find it later
+            compact_memory()
+            async with Ends(port, podman, here, there, epoch=epoch) as ends:
+                await ends.move()
+            assert await client.ask(there, "elsewhere") == epoch + 1
+            if huge_bytes(there) >= HUGE_PAGE:
+                break
+            here, there = there, await port.berth(f"c{epoch}")
+        else:
+            pytest.fail("no move put the heap into huge pages")
 
 
 async def test_the_heap_outlives_the_berth_it_was_made_in(port: Harbour, podman: Podman) -> None:

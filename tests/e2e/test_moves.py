@@ -76,7 +76,7 @@ async def test_a_session_survives_its_server_going_there_and_back(system: System
 async def test_fifty_clients_at_once_lose_nothing(system: System) -> None:
     async with contextlib.AsyncExitStack() as clients:
         pingers = [await clients.enter_async_context(system.client(f"car-{n}", interval=0.1)) for n in range(50)]
-        told, events = await system.move()
+        told, events = await system.move(ack_timeout_ms=20_000)
         assert (told.outcome, told.clients, told.acks) == ("completed", 50, 50)
         acked = {event.client for event in events if isinstance(event, ev.AckSeen)}
         assert acked == {f"car-{n}" for n in range(50)}
@@ -164,7 +164,7 @@ class Talker:
 async def car(system: System, name: str) -> AsyncIterator[Talker]:
     """The car client, connected."""
     host, port = await system.address()
-    command = [sys.executable, "-m", "services.car_client", "--json", "--cafile", system.cafile, "--name", name]
+    command = [sys.executable, "-m", "tests.patient_car", "--json", "--cafile", system.cafile, "--name", name]
     settings = {"TARGET_ADDR": f"{host}:{port}", "TRANSPARENT": "1", "QUICFERRY_LOG_LEVEL": "error"}
     async with talker([*command, "--interval-ms", "10"], **settings) as one:
         await one.says("connected")
@@ -184,7 +184,7 @@ async def test_a_client_that_never_acks_holds_up_nobody_and_is_served_when_it_co
     async with car(system, "asleep") as sleeper:
         async with system.client("awake", interval=0.01) as client:
             sleeper.process.send_signal(signal.SIGSTOP)
-            told, _ = await system.move(ack_timeout_ms=300)
+            told, _ = await system.move(ack_timeout_ms=2_000)
             assert (told.outcome, told.clients, told.acks) == ("completed", 2, 1)
             await client.echoes(10)
         sleeper.process.send_signal(signal.SIGCONT)

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Final
 
+import pytest
 import pytest_asyncio
 
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
 from quicferry.bus.registry import Registry
 from quicferry.bus.settings import NatsSettings
+from services.coordinator.lease import Tenure
 from tests.conftest import NatsServer
 from tests.integration.scripted import Node, coordinating
+
+LONG_LEASE: Final = 10.0
+"""Seconds: longer than a machine stands still, and short enough that a test outlasts a lead that nobody gave up."""
+
+
+@pytest.fixture(autouse=True)
+def long_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For coordinators in this process: over a pause of 2 s theirs would run out, and rightly so."""
+    monkeypatch.setattr("services.coordinator.leadership.LEASE", LONG_LEASE)
+    monkeypatch.setattr("services.coordinator.leadership.Tenure", lambda: Tenure(LONG_LEASE))
 
 
 @pytest_asyncio.fixture

@@ -78,7 +78,7 @@ async def test_our_errors_travel_whole(served: Bus) -> None:
 
 
 async def test_any_client_can_read_an_error(served: Bus) -> None:
-    answer = await served.nats.request("test.double", b'{"number": "x"}')
+    answer = await served.nats.request("test.double", b'{"number": "x"}', timeout=5)
     assert answer.headers is not None
     assert answer.headers["Nats-Service-Error-Code"] == "bad_request"
     assert answer.headers["Nats-Service-Error"]
@@ -89,7 +89,7 @@ async def test_any_client_can_read_an_error(served: Bus) -> None:
 
 
 async def test_a_defect_does_not_leak(served: Bus) -> None:
-    answer = await served.nats.request("test.double", b'{"number": 14}')
+    answer = await served.nats.request("test.double", b'{"number": 14}', timeout=5)
     assert json.loads(answer.data)["error"]["code"] == "internal"
     assert b"secret" not in answer.data
     assert "secret" not in str(answer.headers)
@@ -98,7 +98,7 @@ async def test_a_defect_does_not_leak(served: Bus) -> None:
 
 @pytest.mark.parametrize("payload", BAD_MESSAGES)
 async def test_bad_messages_get_an_error_and_do_no_harm(served: Bus, payload: bytes) -> None:
-    answer = await served.nats.request("test.double", payload)
+    answer = await served.nats.request("test.double", payload, timeout=5)
     error = json.loads(answer.data)["error"]
     assert error["code"] == "bad_request"
     assert len(error["message"]) > 10
@@ -120,10 +120,10 @@ async def test_it_is_a_micro_service(served: Bus) -> None:
     await ask(served, 1)
     with contextlib.suppress(FerryError):
         await ask(served, 13)
-    info = json.loads((await served.nats.request("$SRV.INFO.test-service", b"")).data)
+    info = json.loads((await served.nats.request("$SRV.INFO.test-service", b"", timeout=5)).data)
     assert info["description"] == "doubles"
     assert [endpoint["subject"] for endpoint in info["endpoints"]] == ["test.double"]
-    stats = json.loads((await served.nats.request("$SRV.STATS.test-service", b"")).data)
+    stats = json.loads((await served.nats.request("$SRV.STATS.test-service", b"", timeout=5)).data)
     assert stats["endpoints"][0]["num_requests"] == 2
     assert stats["endpoints"][0]["data"] == {"refused": 1}
 

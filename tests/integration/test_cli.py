@@ -276,7 +276,7 @@ def drain(terminal: int) -> str:
 
 
 @pytest.mark.usefixtures("coordinator")
-async def test_refusals(command: Command) -> None:
+async def test_refusals(command: Command, node: Node) -> None:
     wrong = {
         ("migrate", "nope"): "unknown_service",
         ("migrate", "echo", "--to", "z"): "unknown_berth",
@@ -284,6 +284,7 @@ async def test_refusals(command: Command) -> None:
         ("cancel", "nope"): "unknown_migration",
         ("status", "nope"): "unknown_migration",
     }
+    await node.report()  # five commands at once take their time to start
     answers = await asyncio.gather(*(command(*arguments, "--json") for arguments in wrong))
     for done, code in zip(answers, wrong.values(), strict=True):
         assert (done.code, done.out) == (Exit.ERROR, "")

@@ -36,7 +36,7 @@ from tests.conftest import NatsServer
 from tests.integration.scripted import LIMIT, Behaviour, Node, berth, coordinating, now_ms
 from tests.integration.test_bus_endpoints import BAD_MESSAGES
 
-QUICK = Options(phase_timeout_ms=300, settle_timeout_ms=300, ack_timeout_ms=0, quiesce_timeout_ms=0)
+QUICK = Options(phase_timeout_ms=1_000, settle_timeout_ms=1_000, ack_timeout_ms=0, quiesce_timeout_ms=0)
 HAPPY = ["decision.requested", "decision.prepared", "decision.committed", "decision.completed"]
 BACK = ["decision.requested", "decision.prepared", "decision.rolled_back"]
 
@@ -137,7 +137,7 @@ async def test_what_the_log_refuses_for_long_is_written_in_the_end(
     monkeypatch.setattr("services.coordinator.driver.FIRST_WAIT", 0.0)
     async with coordinating(nats_server):
         node.behave["restore.resume"] = "silent"
-        reply = await migrate(bus, options=replace(QUICK, phase_timeout_ms=1000))
+        reply = await migrate(bus, options=QUICK)
         await seen(event_log, reply.id, lambda event: isinstance(event, ev.TimedOut))
         node.recover()
         assert decisions(await ended(event_log, reply.id)) == HAPPY
@@ -257,7 +257,9 @@ async def test_a_failure_before_the_commit_leads_back(
     if name == "server.arm":
         behaviour = {"fail": "refuse", "refuse": "refuse", "silent": "mute"}[behaviour]  # type: ignore[assignment]
     node.behave[name] = behaviour
-    options = Options(phase_timeout_ms=300, ack_timeout_ms=0, quiesce_timeout_ms=0, pre_copy_rounds=1)
+    options = Options(ack_timeout_ms=0, quiesce_timeout_ms=0, pre_copy_rounds=1)
+    if behaviour in ("silent", "mute"):
+        options = replace(options, phase_timeout_ms=1_000)
     reply = await migrate(bus, options=options)
     history = await ended(event_log, reply.id)
     assert decisions(history) == BACK
@@ -395,7 +397,9 @@ async def test_a_lease_that_ran_out_unnoticed_stops_everything(
     bus: Bus, event_log: EventLog, node: Node, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the lease's end and whoever notices it, what the log wants is not asked for, and nobody is answered."""
+    left = [LEASE]
     monkeypatch.setattr(Leadership, "keep", never_over)
+    monkeypatch.setattr(Tenure, "left", lambda tenure, now: left[0])
     async with coordinating(nats_server):
         first = await migrate(bus)
         asked = (await ended(event_log, first.id))[0]
@@ -407,7 +411,7 @@ async def test_a_lease_that_ran_out_unnoticed_stops_everything(
             raise structlog.DropEvent
 
         structlog.configure(processors=[hear])
-        monkeypatch.setattr(Tenure, "left", lambda tenure, now: 0.0)
+        left[0] = 0.0
         await event_log.decide(replace(asked, id="late", source=asked.target, target=asked.source), after=0)
         await bus.nats.publish(subjects.MIGRATE, b'{"service":"echo","id":"later"}')
         due = Counter({"call_left": 2, "request_passed_over": 1})
@@ -428,7 +432,8 @@ async def test_a_plain_publish_is_enough(bus: Bus, event_log: EventLog, node: No
 
 async def test_any_client_will_do(bus: Bus, event_log: EventLog, node: Node, coordinator: None) -> None:
     """What `nats req quicferry.migrate '{"service":"echo"}'` sends and shows."""
-    answer = await bus.nats.request("quicferry.migrate", b'{"service":"echo","to":"local/b","a field":"of tomorrow"}')
+    request = b'{"service":"echo","to":"local/b","a field":"of tomorrow"}'
+    answer = await bus.nats.request("quicferry.migrate", request, timeout=5)
     told = json.loads(answer.data)
     assert told["target"] == {"node": "local", "berth": "b", "address": {"host": "127.0.0.1", "port": 24242}}
     await ended(event_log, told["id"])

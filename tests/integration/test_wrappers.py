@@ -517,12 +517,13 @@ async def test_a_stranger_is_served_by_plain_quic(tls: Tls) -> None:
 
 async def test_rebind_local_keeps_the_session(tls: Tls) -> None:
     async with serving(tls) as (server, _), dial(tls, server.port) as connection:
-        addresses = {connection.local}
+        before = connection.local
         for local in (None, ("127.0.0.1", 0), ("127.0.0.3", 0), None):
             assert await ping(connection) == b"ping"
-            addresses.add(connection.rebind_local(local))
+            now = connection.rebind_local(local)
+            assert now != before  # an earlier one the kernel may choose again
+            before = now
             assert await ping(connection, b"after") == b"after"
-        assert len(addresses) == 5
         with pytest.raises(OSError):
             connection.rebind_local(("192.0.2.1", 0))  # not ours
         assert await ping(connection) == b"ping"

@@ -122,7 +122,7 @@ async def test_who_has_just_connected_comes_along(tls: Tls, monkeypatch: pytest.
     """The handshake is done and the hello still on its way when SIGTERM comes."""
     hellos: list[Callable[[], None]] = []
     start = Follower.start
-    async with ServerProcess.start(tls) as server, contextlib.AsyncExitStack() as stack:
+    async with ServerProcess.start(tls, "--hello-grace", "10") as server, contextlib.AsyncExitStack() as stack:
         with Agent(server.port) as agent:
             monkeypatch.setattr(
                 Follower, "start", lambda follower, name: hellos.append(lambda: start(follower, name))
@@ -281,7 +281,7 @@ async def test_a_client_that_never_acks_holds_nobody_up_and_is_served_afterwards
         with Agent(server.port) as agent:
             target = parked()
             port = target.getsockname()[1]
-            await server.arm("deaf", port, options=Options(ack_timeout_ms=50))
+            await server.arm("deaf", port, options=Options(ack_timeout_ms=1_000))
             server.signal(signal.SIGTERM)
             _, source = await agent.take()
             source.close()
@@ -363,7 +363,10 @@ async def test_a_held_server_has_no_socket_says_nothing_and_dies_of_sigterm(tls:
 def ip_sockets(pid: int) -> set[str]:
     """Inodes of a process's UDP and TCP sockets."""
     folder = Path(f"/proc/{pid}")
-    links = [os.readlink(fd) for fd in (folder / "fd").iterdir()]
+    links = []
+    for fd in (folder / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links.append(os.readlink(fd))
     open_sockets = {link.removeprefix("socket:[").removesuffix("]") for link in links}
     tables = [(folder / "net" / name).read_text().splitlines()[1:] for name in ("udp", "udp6", "tcp", "tcp6")]
     return open_sockets & {row.split()[9] for rows in tables for row in rows}
@@ -375,7 +378,7 @@ async def test_early_and_repeated_signals_do_no_harm(tls: Tls, arguments: tuple[
         mute(connection)
         with Agent(server.port) as agent:
             target = parked()
-            await server.arm("twice", target.getsockname()[1], options=Options(ack_timeout_ms=100))
+            await server.arm("twice", target.getsockname()[1], options=Options(ack_timeout_ms=2_000))
             server.signal(signal.SIGTERM)
             await server.until("server.migrate")
             server.signal(signal.SIGTERM)
@@ -425,7 +428,7 @@ async def test_a_client_that_joins_during_the_move_comes_along(tls: Tls) -> None
         mute(first)
         with Agent(server.port) as agent:
             target = parked()
-            await server.arm("join", target.getsockname()[1], options=Options(ack_timeout_ms=400))
+            await server.arm("join", target.getsockname()[1], options=Options(ack_timeout_ms=2_000))
             server.signal(signal.SIGTERM)
             await server.until("server.migrate")
             async with dial(tls, server.port, name="second") as second:

@@ -16,6 +16,7 @@ from quicferry.app import migrate_address
 from quicferry.protocol.agents import ArmRequest
 from quicferry.protocol.errors import FerryError
 from quicferry.protocol.events import AnyEvent
+from quicferry.quic import served
 from quicferry.quic.server import MigratableServer, server_configuration
 
 
@@ -57,7 +58,9 @@ async def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--quiesce", action="store_true")
     parser.add_argument("--thread", action="store_true", help="an application's own thread runs all the time")
+    parser.add_argument("--hello-grace", type=float, default=served.HELLO_GRACE, help="more for a slow test")
     options = parser.parse_args()
+    served.HELLO_GRACE = options.hello_grace  # type: ignore[misc]  # final for everybody else
     if options.thread:
         threading.Thread(target=threading.Event().wait, daemon=True).start()
 

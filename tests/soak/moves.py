@@ -16,6 +16,7 @@ from quicferry.protocol.api import CancelReply, CancelRequest, MigrateReply, Mig
 from quicferry.protocol.errors import FerryError
 from tests.e2e.berths import PORT
 from tests.faults.checks import log_is_sound, outcome, tidy
+from tests.faults.parts import LOOK
 from tests.faults.world import OPTIONS
 from tests.soak.record import Move
 from tests.soak.stage import TROUBLES, Stage, insist
@@ -224,15 +225,25 @@ class Service:
         if hurried:
             return wrong
         left = await tidy(self._world, self.name, ids=self._ids, patience=TIDY_SECONDS)
+        placed = await self._placed()
         if self.dying:
             return wrong
         place = requested.target if committed else requested.source
         if not left and self._world.home(self.name) != place.berth:
             wrong.append(f"the server is in {self._world.home(self.name)}, not in {place.berth}")
-        placed: Placement | None = (await insist(lambda: self._world.registry.placement(self.name))).placement
-        if (placed.epoch if placed else 0) != self._epoch:
-            wrong.append(f"the placement's epoch is {placed and placed.epoch}, not {self._epoch}")
+        if placed != self._epoch:
+            wrong.append(f"the placement's epoch is {placed}, not {self._epoch}")
         return wrong + left
+
+    async def _placed(self) -> int:
+        """The placement's epoch; it is written, and tried again, once the log has the move's end."""
+        end = self._stage.now() + TIDY_SECONDS
+        while True:
+            placed: Placement | None = (await insist(lambda: self._world.registry.placement(self.name))).placement
+            epoch = placed.epoch if placed else 0
+            if epoch == self._epoch or self.dying or self._stage.now() > end:
+                return epoch
+            await asyncio.sleep(LOOK)
 
     # Requests that must be refused.
 

@@ -195,8 +195,9 @@ class Trouble:
             return
         starts = program.starts
         async with self._striking(f"{number.name} to {_shown(name)}", ""):
-            self.ends_expected[name] += 1
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # another fault has ended it, and counts it
+                os.kill(pid, number)
+                self.ends_expected[name] += 1
             await _again(program, starts)
 
     async def _stop(self, chance: Random) -> None:
@@ -210,8 +211,9 @@ class Trouble:
     async def _stop_process(self, pid: int, shown: str, seconds: float) -> None:
         if pid and pid not in self._still:
             async with self._striking(f"SIGSTOP to {shown}", f"{seconds:.1f} s"):
-                os.kill(pid, signal.SIGSTOP)
-                await self._stand_still(pid, seconds)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+                    await self._stand_still(pid, seconds)
 
     async def _nats_away(self, chance: Random) -> None:
         seconds = chance.uniform(*NATS_AWAY)
@@ -235,7 +237,11 @@ class Trouble:
                 await asyncio.wait({closing}, timeout=TERM_SECONDS)
                 if not closing.done():
                     self._stage.wrong(f"a coordinator goes on {TERM_SECONDS:.0f} s after {number.name}")
-                    os.kill(program.pid, signal.SIGKILL)
+                while not closing.done():
+                    if pid := program.pid:  # 0 would be all of us
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    await asyncio.wait({closing}, timeout=LOOK)
                 await closing
                 del self._world.programs[SECOND]
 
