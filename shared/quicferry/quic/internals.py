@@ -1,10 +1,25 @@
-"""The only module that touches what aioquic does not promise to keep; a test notices when it changes."""
+"""The only module that touches what aioquic and asyncio do not promise to keep; a test notices when it changes."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
+from typing import Final, Protocol, cast
+
 from aioquic import tls
 from aioquic.asyncio.protocol import QuicConnectionProtocol
-from aioquic.quic.connection import QuicConnection
+from aioquic.quic.connection import QuicConnection, QuicConnectionError
+from aioquic.quic.packet import QuicErrorCode
+from aioquic.quic.packet_builder import QuicPacketBuilder
+from aioquic.quic.recovery import QuicPacketSpace
+from aioquic.quic.stream import QuicStream
+
+STREAM_WINDOW: Final = 4 * 1024 * 1024
+"""Bytes of a stream that the peer may send ahead of the application, at most."""
+CONNECTION_WINDOW: Final = 16 * 1024 * 1024
+"""Likewise for all streams together: some that nobody reads must leave room for the control stream."""
+MAX_PIECES: Final = 2048
+"""Pieces that a stream's data may be in; a full window of whole packets, every other one lost, is fewer."""
 
 
 def largest_received(quic: QuicConnection) -> int:
@@ -45,3 +60,89 @@ def stop_timer(protocol: QuicConnectionProtocol) -> None:
         protocol._timer.cancel()
         protocol._timer = None
         protocol._timer_at = None
+
+
+def empty(reader: asyncio.StreamReader) -> None:
+    """Throw away what nobody will read."""
+    reader._buffer.clear()  # type: ignore[attr-defined]
+
+
+class Unread(Protocol):
+    """What a connection's window must know of a stream."""
+
+    unread: int
+    """Bytes handed to the application that it has left alone."""
+
+
+def bound_receiving(quic: QuicConnection, streams: Mapping[int, Unread]) -> None:
+    """Bound the memory that the peer can take: what ``streams`` leave unread closes the window (RFC 9000, 4)."""
+    quic.__class__ = _Bounded  # aioquic's server makes the connection itself
+    cast(_Bounded, quic).unread_streams = streams
+
+
+class _Bounded(QuicConnection):
+    """Windows that begin with the configuration's and grow with what the peer has sent and the application read.
+
+    aioquic doubles its limits with the highest offset that the peer has named, and fills the gap to it with
+    zeros: ten small packets would take half a gigabyte (aioquic issue 589).
+    """
+
+    unread_streams: Mapping[int, Unread]
+
+    def _get_or_create_stream(self, frame_type: int, stream_id: int) -> QuicStream:
+        stream = super()._get_or_create_stream(frame_type, stream_id)
+        if len(stream.receiver._ranges) > MAX_PIECES:  # RFC 9000, 21.7
+            raise QuicConnectionError(QuicErrorCode.INTERNAL_ERROR, frame_type, "a stream in too many pieces")
+        return stream
+
+    def _write_connection_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace) -> None:
+        limit, first = self._local_max_data, self._configuration.max_data
+        used = limit.used
+        if _slid(limit.value, used, used, first, CONNECTION_WINDOW) != limit.value:  # else a closer look is no use
+            come = used - self._missing()
+            read = come - sum(reader.unread for reader in self.unread_streams.values())
+            # It grows by what has come, not read: a stream that nobody reads must not silence the others at once.
+            limit.value = _slid(limit.value, read, come, first, CONNECTION_WINDOW)
+        limit.used = 0  # with which aioquic sends the limit as it is, and does not double it
+        try:
+            super()._write_connection_limits(builder, space)
+        finally:
+            limit.used = used
+
+    def _missing(self) -> int:
+        """Bytes up to the highest offsets that were named which have not been delivered."""
+        missing = 0
+        for stream in self._streams.values():
+            receiver = stream.receiver
+            if receiver.is_finished:
+                receiver._buffer.clear()  # a reset leaves it, and its bytes are missed no more
+            else:
+                missing += receiver.highest_offset - receiver.starting_offset()
+        return missing
+
+    def _write_stream_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace, stream: QuicStream) -> None:
+        receiver, first = stream.receiver, self._configuration.max_stream_data
+        if receiver.is_finished:
+            return
+        if receiver.highest_offset >= first // 4:  # before, there is nothing to raise
+            reader = self.unread_streams.get(cast(int, stream.stream_id))
+            read = receiver.starting_offset() - (0 if reader is None else reader.unread)
+            stream.max_stream_data_local = _slid(stream.max_stream_data_local, read, read, first, STREAM_WINDOW)
+        if stream.max_stream_data_local == stream.max_stream_data_local_sent:
+            return
+        named, receiver.highest_offset = receiver.highest_offset, 0  # as above
+        try:
+            super()._write_stream_limits(builder, space, stream)
+        finally:
+            receiver.highest_offset = named
+
+
+def _slid(limit: int, read: int, come: int, first: int, most: int) -> int:
+    """The limit for the peer in bytes, a window beyond what was read; not raised with each packet.
+
+    The window is ``first`` bytes and as many more as have come, but not above ``most``.
+    """
+    window = first + come
+    if window > most:
+        window = max(first, most)
+    return read + window if read + window - limit >= first // 2 else limit

@@ -221,7 +221,7 @@ class MigratableServer:
             stream.abort()
         finally:
             with contextlib.suppress(ConnectionError):
-                stream.close()
+                stream.release()
 
     def _stream_done(self, connection: ServedConnection, task: asyncio.Task[None]) -> None:
         group = self._tasks.get(connection)
