@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from aioquic import tls
 from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import ConnectionTerminated, QuicEvent, StreamDataReceived
+from aioquic.quic.packet import QuicErrorCode, QuicStreamFrame
 from aioquic.quic.rangeset import RangeSet
 from aioquic.quic.stream import QuicStream
 
@@ -171,6 +173,27 @@ def test_a_stream_in_too_many_pieces_ends_the_connection(attack: Attack, monkeyp
     assert max(len(stream.receiver._ranges) for stream in attack.victim._streams.values()) < 200
     ends = [event for event in attack.events if isinstance(event, ConnectionTerminated)]
     assert [end.reason_phrase for end in ends] == ["a stream in too many pieces"]
+
+
+def test_a_handshake_out_of_order_is_kept_to_a_point(tmp_path: Path) -> None:
+    client, _ = pair(tmp_path)
+    client._handshake_complete = False
+    internals.bound_receiving(client, {})
+    receiver = client._crypto_streams[tls.Epoch.HANDSHAKE].receiver
+    receiver.handle_frame(QuicStreamFrame(data=b"x", offset=2 * internals.MAX_CRYPTO))
+    client.datagrams_to_send(now=1.0)
+    assert client._close_event is not None
+    assert client._close_event.error_code == QuicErrorCode.CRYPTO_BUFFER_EXCEEDED
+
+
+def test_a_handshake_that_stands_still_is_given_up_early(tmp_path: Path) -> None:
+    client, server = pair(tmp_path)
+    for quic in (client, server):
+        internals.bound_receiving(quic, {})
+    assert server._idle_timeout() == client._idle_timeout() == 60.0
+    client._handshake_complete = server._handshake_complete = False
+    assert server._idle_timeout() == internals.HANDSHAKE_TIME
+    assert client._idle_timeout() == 60.0  # connect() has a timeout of its own
 
 
 def test_limits_that_get_lost_are_sent_again(attack: Attack) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Final, Protocol, cast
+from collections.abc import Callable, Mapping, Sized
+from typing import Any, Final, Protocol, cast
 
 from aioquic import tls
 from aioquic.asyncio.protocol import QuicConnectionProtocol
-from aioquic.quic.connection import QuicConnection, QuicConnectionError
-from aioquic.quic.packet import QuicErrorCode
+from aioquic.asyncio.server import QuicServer
+from aioquic.buffer import Buffer  # type: ignore[attr-defined]
+from aioquic.quic.configuration import QuicConfiguration
+from aioquic.quic.connection import NetworkAddress, QuicConnection, QuicConnectionError
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicHeader, QuicPacketType, pull_quic_header
 from aioquic.quic.packet_builder import QuicPacketBuilder
 from aioquic.quic.recovery import QuicPacketSpace
+from aioquic.quic.retry import QuicRetryTokenHandler
 from aioquic.quic.stream import QuicStream
 
 STREAM_WINDOW: Final = 4 * 1024 * 1024
@@ -20,6 +24,14 @@ CONNECTION_WINDOW: Final = 16 * 1024 * 1024
 """Likewise for all streams together: some that nobody reads must leave room for the control stream."""
 MAX_PIECES: Final = 2048
 """Pieces that a stream's data may be in; a full window of whole packets, every other one lost, is fewer."""
+MAX_CRYPTO: Final = 64 * 1024
+"""Bytes of a handshake that may wait for what comes before them (RFC 9000, 7.5: at least 4096)."""
+HANDSHAKE_TIME: Final = 10.0
+"""Seconds without a packet after which a server gives a handshake up."""
+ASK_FROM: Final = 256
+"""Connections in their handshake from which on a client must prove its address first (RFC 9000, 8.1.2)."""
+MAX_HALF_OPEN: Final = 1024
+"""Connections in their handshake at once; further clients are not answered, and try again by themselves."""
 
 
 def largest_received(quic: QuicConnection) -> int:
@@ -89,6 +101,13 @@ class _Bounded(QuicConnection):
 
     unread_streams: Mapping[int, Unread]
 
+    def datagrams_to_send(self, now: float) -> list[tuple[bytes, NetworkAddress]]:
+        if not self._handshake_complete and any(
+            len(stream.receiver._buffer) > MAX_CRYPTO for stream in self._crypto_streams.values()
+        ):
+            self.close(QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, QuicFrameType.CRYPTO, "too much crypto buffering")
+        return super().datagrams_to_send(now)
+
     def _get_or_create_stream(self, frame_type: int, stream_id: int) -> QuicStream:
         stream = super()._get_or_create_stream(frame_type, stream_id)
         if len(stream.receiver._ranges) > MAX_PIECES:  # RFC 9000, 21.7
@@ -136,6 +155,10 @@ class _Bounded(QuicConnection):
         finally:
             receiver.highest_offset = named
 
+    def _idle_timeout(self) -> float:
+        timeout = super()._idle_timeout()
+        return timeout if self._is_client or self._handshake_complete else min(timeout, HANDSHAKE_TIME)
+
 
 def _slid(limit: int, read: int, come: int, first: int, most: int) -> int:
     """The limit for the peer in bytes, a window beyond what was read; not raised with each packet.
@@ -146,3 +169,46 @@ def _slid(limit: int, read: int, come: int, first: int, most: int) -> int:
     if window > most:
         window = max(first, most)
     return read + window if read + window - limit >= first // 2 else limit
+
+
+class Listener(QuicServer):
+    """aioquic's, with a bound on handshakes: each Initial makes a connection, also one from a forged address.
+
+    With ``ASK_FROM`` of them under way a client gets a Retry and begins again with its token, which proves that it
+    gets what is sent to its address (RFC 9000, 8.1.2 and 21.2); with ``MAX_HALF_OPEN`` it gets no answer.
+    """
+
+    def __init__(
+        self, *, configuration: QuicConfiguration, create_protocol: Callable[..., Any], half_open: Sized
+    ) -> None:
+        super().__init__(configuration=configuration, create_protocol=create_protocol)
+        self._half_open = half_open
+        self._tokens = QuicRetryTokenHandler()
+
+    def datagram_received(self, data: bytes | str, addr: NetworkAddress) -> None:
+        if self._admits(cast(bytes, data), addr):
+            super().datagram_received(data, addr)
+
+    def _admits(self, data: bytes, addr: NetworkAddress) -> bool:
+        """Whether aioquic may look at it; then ``_retry`` says whether it asks for a token, and takes one."""
+        if not data or data[0] < 0x80:
+            return True  # a short header begins nothing (RFC 9000, 17.3)
+        try:
+            header = pull_quic_header(Buffer(data=data), self._configuration.connection_id_length)
+        except ValueError:
+            return False
+        if header.packet_type != QuicPacketType.INITIAL or header.destination_cid in self._protocols:
+            return True
+        asks = len(self._half_open) >= ASK_FROM
+        self._retry = self._tokens if asks or self._proven(header, addr) else None  # type: ignore[assignment]
+        return len(self._half_open) < MAX_HALF_OPEN
+
+    def _proven(self, header: QuicHeader, addr: NetworkAddress) -> bool:
+        """Whether it has a token of ours: its client goes by the Retry also when none is asked for any more."""
+        try:
+            self._tokens.validate_token(
+                address=addr, destination_cid=header.destination_cid, token=header.token, now=self._loop.time()
+            )
+        except ValueError:
+            return False
+        return True
