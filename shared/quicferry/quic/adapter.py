@@ -1,7 +1,8 @@
 """A QUIC connection's streams as asyncio readers and writers, on top of aioquic's protocol class.
 
 It adds what aioquic's own adapter leaves out: ``drain`` waits, a reset or a lost connection reaches the
-reader, a finished stream is forgotten, an unread stream does not fill the memory.
+reader, a finished stream is forgotten, and what the application does not read closes the peer's window. A
+stream that is to be read no more is aborted: left alone it keeps its share of the connection's window.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from quicferry.quic import internals
 HIGH_WATER: Final = 512 * 1024
 """Bytes written and not acknowledged at which ``drain`` begins to wait."""
 LOW_WATER: Final = 128 * 1024
-MAX_UNREAD: Final = 16 * 1024 * 1024
-"""Bytes a peer may send into a stream that nobody reads; then the stream is refused."""
 REMEMBERED: Final = 256
 """Streams given up whose late data is known to be nobody's."""
 CANCELLED: Final = 1
@@ -38,13 +37,15 @@ class Stream(asyncio.Transport):
         self.reader = asyncio.StreamReader(loop=loop)
         self.sink: Callable[[bytes], None] | None = None
         """Takes the data, in the very moment that it comes, instead of the reader, which learns of the end only."""
+        self.unread = 0
+        """Bytes that came since the reader was full, which is at 128 KiB."""
         self._protocol = asyncio.StreamReaderProtocol(self.reader, loop=loop)
         self.writer = asyncio.StreamWriter(self, self._protocol, self.reader, loop)
         self._connection = connection
         self._received_all = not readable
         self._sent_all = not writable
         self._lost = False
-        self._unread = -1
+        self._full = False
         self._held_back = False
         self.reader.set_transport(self)
 
@@ -53,13 +54,10 @@ class Stream(asyncio.Transport):
     def feed(self, data: bytes, end: bool) -> None:
         if self._received_all:
             return
-        if self._unread >= 0:
-            self._unread += len(data)
-            if self._unread > MAX_UNREAD:
-                self.abort()
-                return
         if data:
             (self.sink or self.reader.feed_data)(data)
+            if self._full:
+                self.unread += len(data)
         if end:
             self._received_all = True
             self.reader.feed_eof()
@@ -69,7 +67,7 @@ class Stream(asyncio.Transport):
         """The peer gave up sending."""
         if not self._received_all:
             self._received_all = True
-            self.reader.set_exception(error)
+            self._drop_unread(error)
             self._maybe_done()
 
     def stopped(self) -> None:
@@ -122,29 +120,50 @@ class Stream(asyncio.Transport):
         """Give the stream up both ways (RESET_STREAM and STOP_SENDING)."""
         self._connection.give_up(self.id, send=not self._sent_all, receive=not self._received_all)
         if not self._received_all:
-            self.reader.set_exception(ConnectionResetError(f"stream {self.id} was given up"))
+            self._drop_unread(ConnectionResetError(f"stream {self.id} was given up"))
         self._received_all = self._sent_all = True
         self._maybe_done()
 
+    def release(self) -> None:
+        """Whoever served the stream has left: it ends, and what was not read, or comes now, is thrown away."""
+        self.sink = _nowhere
+        self._drop_unread(ConnectionResetError(f"the handler of stream {self.id} has returned"))
+        self.close()
+
     def pause_reading(self) -> None:
-        self._unread = max(self._unread, 0)
+        """The reader is full; it goes on taking what the window still allows."""
+        self._full = True
 
     def resume_reading(self) -> None:
-        self._unread = -1
+        """The reader has room again, or is asked for more than it has room for."""
+        self._full, self.unread = False, 0
+        self._connection.read_on()
+        if self._lost:
+            self._connection.forget(self.id)
 
     def is_reading(self) -> bool:
-        return self._unread < 0
+        return not self._full
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "stream_id":
             return self.id
         return default
 
+    def _drop_unread(self, error: Exception) -> None:
+        self.reader.set_exception(error)  # from now on the reader gives nothing else
+        internals.empty(self.reader)
+        self.resume_reading()
+
     def _maybe_done(self) -> None:
         if self._received_all and self._sent_all and not self._lost:
             self._lost = True
-            self._connection.forget(self.id)
+            # A peer's counts until its handler has read it or left; of ours nobody says when it is read no more.
+            if not self.unread or self._connection.is_own(self.id):
+                self._connection.forget(self.id)
             self._protocol.connection_lost(None)
+
+
+def _nowhere(_data: bytes) -> None: ...
 
 
 class StreamConnection(QuicConnectionProtocol):
@@ -153,6 +172,7 @@ class StreamConnection(QuicConnectionProtocol):
     def __init__(self, quic: QuicConnection, stream_handler: object = None) -> None:
         super().__init__(quic)
         self._streams: dict[int, Stream] = {}
+        internals.bound_receiving(quic, self._streams)
         self._held_back: list[Stream] = []
         self._given_up: deque[int] = deque(maxlen=REMEMBERED)
         self.established = False
@@ -177,7 +197,7 @@ class StreamConnection(QuicConnectionProtocol):
         """Data of any stream; opens a peer's stream at its first."""
         stream = self._streams.get(stream_id)
         if stream is None:
-            if stream_id % 2 == self._own_parity:
+            if self.is_own(stream_id):
                 return  # ours, finished and forgotten
             if stream_id in self._given_up:
                 return
@@ -232,6 +252,11 @@ class StreamConnection(QuicConnectionProtocol):
             self._quic.stop_stream(stream_id, CANCELLED)
         self._transmit_soon()
 
+    def read_on(self) -> None:
+        """The application has read, so the peer may send more."""
+        if not self.over:
+            self._transmit_soon()
+
     def forget(self, stream_id: int) -> None:
         self._streams.pop(stream_id, None)
 
@@ -267,12 +292,12 @@ class StreamConnection(QuicConnectionProtocol):
         self._held_back.clear()
         self.connection_over(reason)
 
-    @property
-    def _own_parity(self) -> int:
-        return 0 if self._quic.configuration.is_client else 1
+    def is_own(self, stream_id: int) -> bool:
+        """Whether it was opened from here (RFC 9000, 2.1)."""
+        return stream_id % 2 == (0 if self._quic.configuration.is_client else 1)
 
     def add_stream(self, stream_id: int) -> Stream:
-        ours = stream_id % 2 == self._own_parity
+        ours = self.is_own(stream_id)
         one_way = bool(stream_id & 2)
         stream = Stream(self, stream_id, readable=not one_way or not ours, writable=not one_way or ours)
         self._streams[stream_id] = stream

@@ -83,7 +83,7 @@ class ClientWire(StreamConnection):
             stream.abort()
         finally:
             with suppress(ConnectionError):
-                stream.close()
+                stream.release()
 
 
 class Connection:

@@ -11,13 +11,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import structlog
-from aioquic.asyncio.server import QuicServer
 from aioquic.quic.configuration import QuicConfiguration
+from aioquic.quic.connection import QuicConnection
 
 from quicferry.protocol.agents import ArmReply, ArmRequest
 from quicferry.protocol.api import Address
 from quicferry.protocol.control import Ack, Hello, Moved, Ready
 from quicferry.protocol.errors import FerryError
+from quicferry.quic import internals
 from quicferry.quic.adapter import Stream
 from quicferry.quic.addresses import shown
 from quicferry.quic.herald import Herald, Outbox, SilentHerald
@@ -87,16 +88,18 @@ class MigratableServer:
         self._max_connections = max_connections
         self._outbox = Outbox(herald or SilentHerald())
         self._mover = Mover(self, self._outbox, migrate_to=migrate_to, on_quiesce=on_quiesce, on_resume=on_resume)
+        self._half_open: set[ServedConnection] = set()
+        """Those whose handshake is not over; the listener bounds them."""
         self._connections: set[ServedConnection] = set()
         self._tasks: dict[ServedConnection, set[asyncio.Task[None]]] = {}
         self._stopped = asyncio.Event()
         self.udp: MigratableUDP
-        self._listener: QuicServer
+        self._listener: internals.Listener
 
     async def __aenter__(self) -> MigratableServer:
         """Bind and listen. Raises FerryError ``bad_settings`` if the address can't be had."""
-        self._listener = QuicServer(
-            configuration=self._configuration, create_protocol=lambda quic, **_: ServedConnection(quic, self)
+        self._listener = internals.Listener(
+            configuration=self._configuration, create_protocol=self._connection_begun, half_open=self._half_open
         )
         host, port = self._address
         try:
@@ -162,7 +165,13 @@ class MigratableServer:
 
     # What connections tell (served.Host).
 
+    def _connection_begun(self, quic: QuicConnection, **_: Any) -> ServedConnection:
+        connection = ServedConnection(quic, self)
+        self._half_open.add(connection)
+        return connection
+
     def connection_established(self, connection: ServedConnection) -> None:
+        self._half_open.discard(connection)
         if len(self._connections) >= self._max_connections:
             log.warning("connection_refused", limit=self._max_connections)
             connection.close(error_code=REFUSED, reason_phrase="too many connections")
@@ -170,6 +179,7 @@ class MigratableServer:
         self._connections.add(connection)
 
     def connection_ended(self, connection: ServedConnection) -> None:
+        self._half_open.discard(connection)
         self._connections.discard(connection)
         self._mover.gone(connection)
         if self._tasks.get(connection):
@@ -221,7 +231,7 @@ class MigratableServer:
             stream.abort()
         finally:
             with contextlib.suppress(ConnectionError):
-                stream.close()
+                stream.release()
 
     def _stream_done(self, connection: ServedConnection, task: asyncio.Task[None]) -> None:
         group = self._tasks.get(connection)
