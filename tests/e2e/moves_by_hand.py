@@ -65,6 +65,7 @@ class Ends:
     """Both ends of one migration, closed in the end whatever happens."""
 
     def __init__(self, port: Harbour, podman: Podman, here: TestBerth, there: TestBerth, *, epoch: int = 1) -> None:
+        self.here, self.there = here, there
         self.request = a_move(here, there, epoch)
         self.source = Source(podman, port.images, self.request)
         self.target = Target(podman, port.images, self.request)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -211,37 +213,37 @@ async def test_the_next_agent_waits_for_the_dead_ones_criu(port: Harbour, podman
     assert processes.occupant(empty.init_pid) is None
 
 
-async def test_a_target_whose_restored_process_is_gone_is_restored_again(port: Harbour, podman: Podman) -> None:
+@contextlib.asynccontextmanager
+async def orphaned(port: Harbour, podman: Podman, *, copy_dies: bool) -> AsyncIterator[Ends]:
+    """A move whose agents were killed once the copy was restored, and perhaps the copy too: others go on."""
     here, there = await port.berth("a", ECHO), await port.berth("b")
     ends = Ends(port, podman, here, there)
     await die(port, podman, ends.request, "restored")
-    lost = processes.occupant(there.init_pid)
-    assert lost is not None
-    with lost:
-        assert await lost.kill()
+    if copy_dies:
+        with processes.Process(occupant_pid(there)) as copy:
+            assert await copy.kill()
     try:
-        await ends.resume()
-        await ends.source.release()
+        yield ends
     finally:
         await ends.target.close()
         await ends.source.close()
-    with EchoClient() as client:
-        assert await client.ask(there, "from the images") == 1
+
+
+async def test_a_target_whose_restored_process_is_gone_is_restored_again(port: Harbour, podman: Podman) -> None:
+    async with orphaned(port, podman, copy_dies=True) as ends:
+        await ends.resume()
+        await ends.source.release()
+        with EchoClient() as client:
+            assert await client.ask(ends.there, "from the images") == 1
 
 
 async def test_a_second_restore_that_fails_is_not_in_the_way_of_the_third(
     port: Harbour, podman: Podman, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, there = await port.berth("a", ECHO), await port.berth("b")
-    ends = Ends(port, podman, here, there)
-    await die(port, podman, ends.request, "restored")
-    with processes.Process(occupant_pid(there)) as lost:
-        assert await lost.kill()
-
     def full(**_: bool) -> bytes:
         raise FerryError("machine_unfit", "No room.")
 
-    try:
+    async with orphaned(port, podman, copy_dies=True) as ends:
         with monkeypatch.context() as patched:
             patched.setattr(ends.target._images, "fill_view", full)
             with pytest.raises(FerryError) as caught:
@@ -249,46 +251,29 @@ async def test_a_second_restore_that_fails_is_not_in_the_way_of_the_third(
         assert caught.value.code == "machine_unfit"
         await ends.resume()
         await ends.source.release()
-    finally:
-        await ends.target.close()
-        await ends.source.close()
-    with EchoClient() as client:
-        assert await client.ask(there, "at the third") == 1
+        with EchoClient() as client:
+            assert await client.ask(ends.there, "at the third") == 1
 
 
 async def test_a_copy_that_may_have_changed_its_heap_is_not_restored_onto_it(port: Harbour, podman: Podman) -> None:
-    here, there = await port.berth("a", ECHO), await port.berth("b")
-    ends = Ends(port, podman, here, there)
-    await die(port, podman, ends.request, "restored")
-    with processes.Process(occupant_pid(there)) as lost:
-        assert await lost.kill()
-    try:
+    async with orphaned(port, podman, copy_dies=True) as ends:
         ends.target._note(WOKEN)
         with pytest.raises(FerryError) as caught:
             await ends.resume()
         assert caught.value.code == "heap_gone"
-        assert processes.occupant(there.init_pid) is None
-    finally:
-        await ends.target.close()
-        await ends.source.close()
+        assert processes.occupant(ends.there.init_pid) is None
 
 
 async def test_a_source_that_cannot_be_looked_for_is_not_told_as_gone(port: Harbour, podman: Podman) -> None:
-    here, there = await port.berth("a", ECHO), await port.berth("b")
-    ends = Ends(port, podman, here, there)
-    await die(port, podman, ends.request, "restored")
-    silent = Source(Podman(f"unix://{port.images}/nobody.sock"), port.images, ends.request)
-    try:
+    async with orphaned(port, podman, copy_dies=False) as ends:
         await ends.resume()
+        silent = Source(Podman(f"unix://{port.images}/nobody.sock"), port.images, ends.request)
         with pytest.raises(FerryError) as caught:
             await silent.release()
         assert caught.value.code == "podman_unreachable"
-        assert processes.occupant(here.init_pid) is not None
+        assert processes.occupant(ends.here.init_pid) is not None
         await ends.source.release()
-        assert processes.occupant(here.init_pid) is None
-    finally:
-        await ends.target.close()
-        await ends.source.close()
+        assert processes.occupant(ends.here.init_pid) is None
 
 
 async def test_a_copy_that_dies_before_it_has_its_socket_is_restored_into_the_same_dock(

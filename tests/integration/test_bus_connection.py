@@ -165,14 +165,14 @@ async def test_a_listener_that_never_answers(bus: Bus) -> None:
     assert "within" in caught.value.message
 
 
+def _fails(_: object) -> None:
+    raise TypeError("'NoneType' object is not callable")  # asyncio's writelines() on a lost connection, 3.12 and 3.13
+
+
 async def test_a_connection_lost_before_it_is_closed_is_closed_whole(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """nats-py writes once more what it has to send, which on a lost connection is a TypeError from Python 3.12 on."""
-
-    def writelines(data: object) -> None:
-        raise TypeError("'NoneType' object is not callable")
-
     async with Bus.connect("test", NatsSettings.load(nats_server.url), wait=True) as bus:
         subscription = await bus.nats.subscribe("quicferry.status", cb=_ignore)
         nats_server.stop()
@@ -181,7 +181,7 @@ async def test_a_connection_lost_before_it_is_closed_is_closed_whole(
                 await asyncio.sleep(0.005)
         await bus.nats.publish("quicferry.status", b"waits")
         assert bus.nats.pending_data_size > 0
-        monkeypatch.setattr(bus.nats._transport, "writelines", writelines)
+        monkeypatch.setattr(bus.nats._transport, "writelines", _fails)
     assert bus.nats.is_closed
     assert subscription._wait_for_msgs_task is not None
     assert subscription._wait_for_msgs_task.cancelling() or subscription._wait_for_msgs_task.done()
@@ -191,12 +191,8 @@ async def test_the_end_is_told_even_if_something_was_still_to_be_sent(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """nats-py fails over that half-way, and whoever waits for the end would wait for ever."""
-
-    def writelines(data: object) -> None:
-        raise TypeError("'NoneType' object is not callable")
-
     async with Bus.connect("test", NatsSettings.load(nats_server.url), wait=True) as bus:
-        monkeypatch.setattr(bus.nats._transport, "writelines", writelines)
+        monkeypatch.setattr(bus.nats._transport, "writelines", _fails)
         await bus.nats._process_err("'Maximum Connections Exceeded'")  # as if it had come from the server
         bus.nats._pending, bus.nats._pending_data_size = [b"PUB x 1\r\nx\r\n"], 12
         async with asyncio.timeout(5):
