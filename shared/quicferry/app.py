@@ -223,6 +223,8 @@ class BusHerald(Herald):
                     await bus.closed.wait()
             except FerryError as error:
                 log.warning("nats_refused", code=error.code, reason=error.message)
+            except Exception:  # whatever nats-py raises: a server that nobody can arm could never be moved again
+                log.exception("nats_failed")
             finally:
                 if self._task is asyncio.current_task():  # else it was suspended, and the next one may be there
                     self._no_longer_connected()

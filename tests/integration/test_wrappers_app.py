@@ -17,6 +17,7 @@ from typing import Any, cast
 import pytest
 
 from quicferry.app import BusHerald
+from quicferry.bus import endpoints
 from quicferry.bus.connection import Bus
 from quicferry.bus.log import EventLog
 from quicferry.bus.settings import NatsSettings
@@ -211,6 +212,35 @@ async def test_events_wait_for_nats_and_travel_with_the_process(tls: Tls, nats_s
                 async for entry in entries:
                     assert isinstance(entry.event, events.MigrateSent)
                     break
+
+
+@pytest.mark.parametrize("error", [None, TypeError("one of nats-py's own")])
+async def test_a_herald_that_loses_nats_while_it_begins_begins_again(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """Found by the soak: NATS was killed between connection and service, and nobody could arm the server any more."""
+    real, begun = endpoints.add_service, []
+
+    async def add_service(client: Any, config: Any) -> Any:
+        begun.append(config)
+        if len(begun) > 1:
+            return await real(client, config)
+        if error is not None:
+            raise error
+        nats_server.stop()
+        adding = asyncio.create_task(real(client, config))
+        await nats_server.start()
+        return await adding
+
+    monkeypatch.setattr(endpoints, "add_service", add_service)
+    herald = BusHerald("echo", NatsSettings.load(nats_server.url))
+    herald.start(cast(Any, object()))
+    try:
+        async with asyncio.timeout(LIMIT):
+            await herald._connected.wait()
+        assert len(begun) == 2
+    finally:
+        await herald.suspend()
 
 
 async def test_a_suspension_that_is_given_up_leaves_a_herald_that_can_be_reached(

@@ -25,6 +25,7 @@ log = structlog.get_logger()
 
 HANDLER_SECONDS: Final = 10.0
 """Requests to one endpoint are handled one after another, so a handler is quick: it accepts and starts a task."""
+START_SECONDS: Final = 5.0
 STOP_SECONDS: Final = 0.5
 _NOT_IN_A_HEADER = re.compile(r"[^\x20-\x7e]+")
 
@@ -54,7 +55,8 @@ async def serve(
     A FerryError becomes an ``ErrorReply`` with the micro error headers; anything else is logged and answered
     with ``internal``. A request without a reply subject is handled and not answered. Instances with the same
     ``queue_group`` share the requests. While ``answering`` says False, requests are passed over in silence: another
-    instance has them too. Raises FerryError ``nats_denied`` if a subject may not be subscribed to.
+    instance has them too. Raises FerryError ``nats_denied`` if a subject may not be subscribed to, and those of
+    ``Bus.within``.
     """
     refused: dict[str, int] = {endpoint.subject: 0 for endpoint in endpoints}
 
@@ -62,26 +64,25 @@ async def serve(
         # nats-py's own count knows only errors that were raised, and those lose their body.
         return {"refused": refused.get(stats.subject, 0)}
 
-    service = await add_service(
-        bus.nats,
-        ServiceConfig(
-            name=name,
-            version=lean.version("quicferry"),
-            description=description,
-            metadata=dict(metadata or {}),
-            queue_group=queue_group,
-            stats_handler=refusals,
-        ),
+    config = ServiceConfig(
+        name=name,
+        version=lean.version("quicferry"),
+        description=description,
+        metadata=dict(metadata or {}),
+        queue_group=queue_group,
+        stats_handler=refusals,
     )
+    async with bus.within(START_SECONDS, "", f"starting the service {name}"):
+        service = await add_service(bus.nats, config)  # it waits for the server, and its errors are nats-py's
     try:
-        for endpoint in endpoints:
-            await service.add_endpoint(
-                name=endpoint.name,
-                subject=endpoint.subject,
-                handler=_handler(endpoint, refused, answering),
-                metadata={},
-            )
-        async with bus.within(5.0, "", f"starting the service {name}"):
+        async with bus.within(START_SECONDS, "", f"starting the service {name}"):
+            for endpoint in endpoints:
+                await service.add_endpoint(
+                    name=endpoint.name,
+                    subject=endpoint.subject,
+                    handler=_handler(endpoint, refused, answering),
+                    metadata={},
+                )
             await bus.sync()
         for endpoint in endpoints:
             if bus.subscription_denied(endpoint.subject):
